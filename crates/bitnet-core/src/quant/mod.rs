@@ -1,0 +1,1 @@
+//! Quantization as arithmetic: absmean ternary weights, absmax int8 activations, and the stored formats of ternary codes.
