@@ -7,7 +7,9 @@ mod map;
 mod tensors;
 
 pub use map::MappedBytes;
-pub use tensors::{CodesEncoding, DenseEncoding, DenseMatrix, LayerTensors, TernaryTensor, WeightTensors};
+pub use tensors::{
+    CodesEncoding, DenseEncoding, DenseMatrix, LayerTensors, TernaryReader, TernaryTensor, WeightTensors,
+};
 
 use std::path::PathBuf;
 

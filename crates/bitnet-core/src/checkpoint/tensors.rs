@@ -74,21 +74,26 @@ pub struct DenseMatrix {
     pub data: MappedBytes,
 }
 
-/// How ternary codes are stored. Opaque outside `checkpoint`: use [`TernaryTensor::decode_row`].
+/// How the weights of a linear layer are stored. Opaque outside `checkpoint`: use [`TernaryTensor::reader`].
 #[derive(Clone, Debug)]
 pub enum CodesEncoding {}
 
-/// A `[rows, cols]` matrix of {-1, 0, +1} with one scale that multiplies.
+/// The `[rows, cols]` weights of a linear layer, ternary in the file or to be made so when read.
 #[derive(Clone, Debug)]
 pub struct TernaryTensor {
     /// Output features.
     pub rows: usize,
     /// Input features (contiguous).
     pub cols: usize,
-    /// Multiplies the integer sum: `y = sum(t * q) / s * scale`.
-    pub scale: f32,
     pub(super) codes: CodesEncoding,
     pub(super) data: MappedBytes,
+}
+
+/// A [`TernaryTensor`] whose scale is known: decodes rows of {-1, 0, +1}, from several threads at once.
+#[derive(Debug)]
+pub struct TernaryReader<'a> {
+    tensor: &'a TernaryTensor,
+    scale: f32,
 }
 
 impl DenseMatrix {
@@ -103,6 +108,26 @@ impl DenseMatrix {
 }
 
 impl TernaryTensor {
+    /// Finds the scale (for float weights by one pass over the tensor) and makes the rows readable.
+    ///
+    /// # Errors
+    /// When a float weight or the scale is not finite.
+    pub fn reader(&self) -> Result<TernaryReader<'_>, super::LoadError> {
+        unimplemented!()
+    }
+
+    /// Gives the file pages of this tensor back to the kernel, once it has been repacked.
+    pub fn release(&self) {
+        self.data.release();
+    }
+}
+
+impl TernaryReader<'_> {
+    /// Multiplies the integer sum: `y = sum(t * q) / s * scale`.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Decodes row `row` into `out` (`cols` values in {-1, 0, 1}).
     ///
     /// # Errors
@@ -111,12 +136,7 @@ impl TernaryTensor {
     /// # Panics
     /// When `row >= rows` or `out.len() != cols`.
     pub fn decode_row(&self, row: usize, out: &mut [i8]) -> Result<(), super::LoadError> {
-        let _ = (row, out);
+        let _ = (row, out, self.tensor);
         unimplemented!()
-    }
-
-    /// Gives the file pages of this tensor back to the kernel, once it has been repacked.
-    pub fn release(&self) {
-        self.data.release();
     }
 }
