@@ -1,1 +1,6 @@
-//! server
+//! The serving library: HTTP request in, OpenAI-shaped answer out, over one engine thread.
+//!
+//! Layers, imports point down only: L0 `config`, `openai`, `metrics`; L1 `limits`, `filter`, `prompt`, `output`,
+//! `response_cache`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file and `shutdown`.
+
+pub mod engine;
