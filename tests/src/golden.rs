@@ -110,7 +110,8 @@ pub fn array(file: &str, key: &str) -> Vec<f32> {
     let header_len = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"))).expect("small");
     let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).expect("a safetensors header");
     assert_eq!(header[key]["dtype"], "F32", "{file}: {key}");
-    let offset = |i: usize| usize::try_from(header[key]["data_offsets"][i].as_u64().expect("an offset")).expect("small");
+    let offset =
+        |i: usize| usize::try_from(header[key]["data_offsets"][i].as_u64().expect("an offset")).expect("small");
     bytes[8 + header_len..][offset(0)..offset(1)]
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes(b.try_into().expect("four bytes")))

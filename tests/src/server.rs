@@ -19,8 +19,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// # Panics
 /// When it has not been built: a test must never silently run without it.
 pub fn binary() -> PathBuf {
-    let path = std::env::var_os("BITNET_BIN")
-        .map_or_else(|| workspace_root().join("target/release/bitnet"), PathBuf::from);
+    let path =
+        std::env::var_os("BITNET_BIN").map_or_else(|| workspace_root().join("target/release/bitnet"), PathBuf::from);
     assert!(path.is_file(), "{} is missing: `tests/run` builds it (cargo build --release)", path.display());
     path
 }
@@ -28,6 +28,17 @@ pub fn binary() -> PathBuf {
 /// The root of the workspace.
 pub fn workspace_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_path_buf()
+}
+
+/// A fresh, empty folder named after the test.
+///
+/// # Panics
+/// When the temporary directory cannot be written.
+pub fn scratch(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("bitnet-tests-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&path);
+    std::fs::create_dir_all(&path).expect("the temporary directory is writable");
+    path
 }
 
 /// Runs `bitnet` with `args` to its end.
@@ -107,6 +118,17 @@ impl Server {
     /// When the connection fails.
     pub async fn post(&self, path: &str, body: &Value) -> Reply {
         Reply::read(self.client.post(self.url(path)).json(body).send().await.expect("the server answers")).await
+    }
+
+    /// The value of the first series of `/metrics` that starts with `series`.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let text = self.get("/metrics").await.body;
+        let line =
+            text.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("no {series} in:\n{text}"));
+        line.rsplit(' ').next().and_then(|v| v.parse().ok()).expect("a number")
     }
 
     /// The absolute address of `path`.

@@ -67,7 +67,8 @@ async fn greedy_tokens_are_those_of_the_reference() {
         let always = matches!(name, "p3_llama" | "p4_silu");
         let mut compared = 0;
         for prompt in golden::load(name).prompts {
-            let stable = prompt.greedy_variants_agree.as_object().is_some_and(|v| v.values().all(|agree| agree == true));
+            let stable =
+                prompt.greedy_variants_agree.as_object().is_some_and(|v| v.values().all(|agree| agree == true));
             if !(always || stable) {
                 continue;
             }

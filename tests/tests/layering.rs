@@ -65,7 +65,8 @@ fn check(root: &str, allowed: &BTreeMap<&str, Vec<&str>>, everyone: &[&str]) {
         if module == "lib" {
             continue;
         }
-        let list = allowed.get(module.as_str()).unwrap_or_else(|| panic!("{module} is in no layer: {}", file.display()));
+        let list =
+            allowed.get(module.as_str()).unwrap_or_else(|| panic!("{module} is in no layer: {}", file.display()));
         for imported in imports(&code(&file)) {
             let fine = imported == module || everyone.contains(&imported.as_str()) || list.contains(&imported.as_str());
             assert!(fine, "{} imports {imported}", file.display());
