@@ -1,0 +1,60 @@
+//! How the process ends: one line on stderr that says what is wrong and what to do, and the exit code of the contract.
+
+use std::{fmt, process::ExitCode};
+
+use bitnet_core::{LoadError, kernels::KernelError};
+
+/// A failure with its exit code.
+#[derive(Debug)]
+pub struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    /// 64: the command line is wrong.
+    pub fn usage(message: impl fmt::Display) -> Self {
+        Self::new(64, message)
+    }
+
+    /// 65: a model file is broken or of a kind that cannot be served.
+    pub fn model(message: impl fmt::Display) -> Self {
+        Self::new(65, message)
+    }
+
+    /// 70: the engine died.
+    pub fn engine(message: impl fmt::Display) -> Self {
+        Self::new(70, message)
+    }
+
+    /// 78: the configuration is wrong.
+    pub fn configuration(message: impl fmt::Display) -> Self {
+        Self::new(78, message)
+    }
+
+    /// Says the one line and gives the code.
+    pub fn report(&self) -> ExitCode {
+        eprintln!("bitnet: {}", self.message);
+        ExitCode::from(self.code)
+    }
+
+    fn new(code: u8, message: impl fmt::Display) -> Self {
+        let message = message.to_string();
+        Self { code, message: message.split_whitespace().collect::<Vec<_>>().join(" ") }
+    }
+}
+
+impl From<LoadError> for Failure {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::NotFound { .. } => Self::new(66, error),
+            other => Self::model(other),
+        }
+    }
+}
+
+impl From<KernelError> for Failure {
+    fn from(error: KernelError) -> Self {
+        Self::configuration(error)
+    }
+}

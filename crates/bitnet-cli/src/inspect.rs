@@ -1,0 +1,118 @@
+//! `bitnet inspect`: what a model file holds, for people or as JSON.
+
+use std::path::PathBuf;
+
+use bitnet_core::{
+    Checkpoint,
+    checkpoint::{self, Activation, TokenizerSource},
+};
+use serde_json::{Value, json};
+
+use crate::exit::Failure;
+
+/// Shows what a model file holds: architecture, geometry, tensors, tokenizer, chat template.
+#[derive(Debug, clap::Args)]
+pub struct InspectArgs {
+    /// A GGUF file or a Hugging Face directory
+    #[arg(short, long, value_name = "PATH")]
+    model: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the facts to stdout.
+///
+/// # Errors
+/// When the model cannot be opened.
+pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+    let checkpoint = checkpoint::open(&args.model, &checkpoint::LoadOptions::default())?;
+    let facts = facts(&checkpoint);
+    if args.json {
+        println!("{facts:#}");
+    } else {
+        print_text(&args.model, &facts);
+    }
+    Ok(())
+}
+
+fn facts(checkpoint: &Checkpoint) -> Value {
+    let config = &checkpoint.config;
+    let tensors: Vec<Value> = checkpoint
+        .summary
+        .tensors
+        .iter()
+        .map(|t| json!({"name": t.name, "type": t.encoding, "shape": t.shape, "bytes": t.bytes}))
+        .collect();
+    json!({
+        "format": checkpoint.summary.format,
+        "file_bytes": checkpoint.summary.file_bytes,
+        "name": config.name,
+        "architecture": config.architecture,
+        "geometry": {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_layers": config.num_layers,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "max_context": config.max_context,
+            "rope_theta": config.rope_theta,
+            "rms_norm_eps": config.rms_norm_eps,
+            "activation": match config.activation { Activation::Relu2 => "relu2", Activation::Silu => "silu" },
+            "tied_head": checkpoint.weights.lm_head.is_none(),
+        },
+        "tokenizer": tokenizer(checkpoint.tokenizer.as_ref()),
+        "chat_template": checkpoint.chat_template,
+        "generation": {
+            "temperature": checkpoint.generation.temperature,
+            "top_p": checkpoint.generation.top_p,
+            "top_k": checkpoint.generation.top_k,
+            "stop_tokens": checkpoint.generation.stop_tokens,
+        },
+        "notes": checkpoint.notes,
+        "tensors": tensors,
+    })
+}
+
+fn tokenizer(source: Option<&TokenizerSource>) -> Value {
+    match source {
+        None => Value::Null,
+        Some(TokenizerSource::HuggingFace { bos, .. }) => json!({"source": "tokenizer.json", "bos": bos}),
+        Some(TokenizerSource::Gguf(v)) => json!({
+            "source": "gguf", "model": v.model, "pre": v.pre, "tokens": v.tokens.len(), "merges": v.merges.len(),
+            "bos": v.bos, "eos": v.eos, "add_bos": v.add_bos,
+        }),
+    }
+}
+
+fn print_text(path: &std::path::Path, facts: &Value) {
+    println!("{}", path.display());
+    for key in ["format", "architecture", "name", "file_bytes"] {
+        println!("  {key:<18} {}", plain(&facts[key]));
+    }
+    for section in ["geometry", "tokenizer", "generation"] {
+        println!("{section}");
+        for (key, value) in facts[section].as_object().into_iter().flatten() {
+            println!("  {key:<18} {}", plain(value));
+        }
+    }
+    println!("chat_template\n  {}", plain(&facts["chat_template"]));
+    for note in facts["notes"].as_array().into_iter().flatten() {
+        println!("note\n  {}", plain(note));
+    }
+    println!("tensors");
+    for tensor in facts["tensors"].as_array().into_iter().flatten() {
+        let (name, kind) = (plain(&tensor["name"]), plain(&tensor["type"]));
+        println!("  {name:<48} {kind:<6} {:>16} {:>12} bytes", plain(&tensor["shape"]), plain(&tensor["bytes"]));
+    }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
