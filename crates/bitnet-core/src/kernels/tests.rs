@@ -1,0 +1,335 @@
+//! One property suite, run for every kernel and every instruction set of this CPU: bits against a naive reference.
+#![allow(clippy::unwrap_used)]
+
+use std::convert::Infallible;
+
+use super::{
+    math,
+    packing::{PackedTernary, ROW_TILE},
+    *,
+};
+use crate::{
+    quant::activation::ActivationBuffer,
+    threads::{SharedColumns, WorkerPool},
+};
+
+/// A small generator: the tests need many values, none of them secret.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let x = self.0 ^ (self.0 >> 32);
+        x.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16
+    }
+
+    fn weights(&mut self, len: usize) -> Vec<i8> {
+        (0..len).map(|_| (self.next() % 3) as i8 - 1).collect()
+    }
+
+    fn floats(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| (self.next() % 20_001) as f32 / 1000.0 - 10.0).collect()
+    }
+}
+
+/// A product to compute: `weights: [rows, cols]`, `x: [num_tokens, cols]`.
+struct Case {
+    rows: usize,
+    cols: usize,
+    weights: Vec<i8>,
+    x: Vec<f32>,
+}
+
+impl Case {
+    fn random(rows: usize, cols: usize, num_tokens: usize) -> Self {
+        let mut random = Random((rows * 1_000_003 + cols * 1009 + num_tokens) as u64);
+        Self { rows, cols, weights: random.weights(rows * cols), x: random.floats(num_tokens * cols) }
+    }
+
+    fn num_tokens(&self) -> usize {
+        self.x.len() / self.cols
+    }
+
+    fn pack(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> PackedTernary {
+        let decode = |row: usize, codes: &mut [i8]| {
+            codes.copy_from_slice(&self.weights[row * self.cols..][..self.cols]);
+            Ok::<(), Infallible>(())
+        };
+        let Ok(packed) = PackedTernary::pack(self.rows, self.cols, SCALE, kernel.layout(), pool, &decode);
+        packed
+    }
+
+    fn quantize(&self) -> ActivationBuffer {
+        let mut buffer = ActivationBuffer::new(self.num_tokens(), self.cols);
+        for (token, values) in self.x.chunks_exact(self.cols).enumerate() {
+            buffer.quantize_row(token, values);
+        }
+        buffer
+    }
+
+    /// The definition, computed without packing or padding.
+    fn expected(&self, buffer: &ActivationBuffer) -> Vec<u32> {
+        let view = buffer.view(self.num_tokens(), self.cols);
+        let mut out = Vec::new();
+        for token in 0..self.num_tokens() {
+            for weights in self.weights.chunks_exact(self.cols) {
+                let products = weights.iter().zip(view.codes(token)).map(|(&w, &q)| i32::from(w) * i32::from(q));
+                let sum: i32 = products.sum();
+                out.push((sum as f32 / view.scales()[token] * SCALE).to_bits());
+            }
+        }
+        out
+    }
+
+    /// Compares every kernel with the definition: the batched product, and each token alone.
+    fn check(&self, label: &str) {
+        let mut pool = WorkerPool::new(1);
+        let buffer = self.quantize();
+        let expected = self.expected(&buffer);
+        for kernel in available() {
+            let packed = self.pack(*kernel, &mut pool);
+            let name = kernel.name();
+            let mut out = vec![f32::NAN; self.num_tokens() * self.rows];
+            let x = buffer.view(self.num_tokens(), self.cols);
+            kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut out, self.rows));
+            assert_eq!(bits(&out), expected, "{name} gemm {label}");
+            for token in 0..self.num_tokens().min(2) {
+                let mut alone = ActivationBuffer::new(1, self.cols);
+                alone.quantize_row(0, &self.x[token * self.cols..][..self.cols]);
+                let mut out = vec![f32::NAN; self.rows];
+                kernel.gemv(&packed.slice(0..self.rows), &alone.view(1, self.cols), &mut out);
+                assert_eq!(bits(&out), expected[token * self.rows..][..self.rows], "{name} gemv {label}");
+            }
+        }
+    }
+}
+
+const SCALE: f32 = 0.812_5;
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn shapes_around_tile_edges() {
+    for rows in [1, 15, 16, 17, 31, 32, 33, 64, 95] {
+        for cols in [1, 4, 15, 16, 17, 63, 64, 65, 127, 128, 129, 240, 256, 1000] {
+            Case::random(rows, cols, 2).check(&format!("{rows} x {cols}"));
+        }
+    }
+}
+
+#[test]
+fn columns_of_real_models() {
+    for (rows, cols) in [(33, 2560), (32, 6912), (40, 8640), (1, 14336)] {
+        Case::random(rows, cols, 3).check(&format!("{rows} x {cols}"));
+    }
+}
+
+#[test]
+fn every_number_of_tokens_up_to_two_blocks() {
+    for num_tokens in (1..=26).chain([36, 37, 50]) {
+        Case::random(70, 150, num_tokens).check(&format!("{num_tokens} tokens"));
+    }
+}
+
+#[test]
+fn extremes_do_not_overflow() {
+    for cols in [240, 8640, 65_536] {
+        for weight in [-1, 0, 1] {
+            for x in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
+                let x: Vec<f32> = x.iter().cycle().take(2 * cols).copied().collect();
+                Case { rows: 33, cols, weights: vec![weight; 33 * cols], x }.check(&format!("{cols} of {weight}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_not_finite_gives_nan_and_spares_the_others() {
+    let mut case = Case::random(40, 100, 3);
+    case.x[150] = f32::INFINITY;
+    let buffer = case.quantize();
+    let mut pool = WorkerPool::new(1);
+    let clean = case.expected(&buffer);
+    for kernel in available() {
+        let packed = case.pack(*kernel, &mut pool);
+        let mut out = vec![0.0; 3 * 40];
+        kernel.gemm(&packed.slice(0..40), &buffer.view(3, 100), &mut ColumnsMut::new(&mut out, 40));
+        assert!(out[40..80].iter().all(|value| value.is_nan()), "{}", kernel.name());
+        assert_eq!(bits(&out[..40]), clean[..40]);
+        assert_eq!(bits(&out[80..]), clean[80..]);
+    }
+}
+
+#[test]
+fn splitting_rows_among_workers_changes_nothing() {
+    let case = Case::random(200, 300, 5);
+    let buffer = case.quantize();
+    let expected = case.expected(&buffer);
+    for num_threads in [1, 2, 3, 5] {
+        let mut pool = WorkerPool::new(num_threads);
+        for kernel in available() {
+            let packed = case.pack(*kernel, &mut pool);
+            let mut out = vec![f32::NAN; 5 * 200];
+            let shared = SharedColumns::new(&mut out, 200, ROW_TILE);
+            pool.run(&|worker| {
+                let share = worker.share(200, ROW_TILE);
+                kernel.gemm(&packed.slice(share.clone()), &buffer.view(5, 300), &mut shared.claim(share));
+            });
+            assert_eq!(bits(&out), expected, "{} on {num_threads} threads", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn packing_reports_the_lowest_row_that_fails() {
+    let mut pool = WorkerPool::new(3);
+    let layout = PackedLayout::T32x2Bit;
+    let decode = |row: usize, _: &mut [i8]| if row == 40 || row >= 70 { Err(row) } else { Ok(()) };
+    assert_eq!(PackedTernary::pack(300, 20, 1.0, layout, &mut pool, &decode).unwrap_err(), 40);
+}
+
+#[test]
+fn kernels_are_chosen_by_name() {
+    let names: Vec<_> = available().iter().map(|kernel| kernel.name()).collect();
+    assert_eq!(names[0], "scalar");
+    assert_eq!(select("auto").unwrap().name(), *names.last().unwrap());
+    for name in &names {
+        assert!(NAMES.contains(name));
+        assert_eq!(select(name).unwrap().name(), *name);
+    }
+    assert!(matches!(select("avx9"), Err(KernelError::Unknown { .. })));
+    for missing in NAMES.iter().filter(|name| !names.contains(name)) {
+        assert!(matches!(select(missing), Err(KernelError::Unsupported { .. })));
+    }
+}
+
+/// Every primitive over the same values: the bits under each instruction set must be those of the baseline.
+#[derive(Clone, Copy)]
+struct Primitives<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    halves: &'a [u16],
+    brains: &'a [u16],
+}
+
+impl FloatOp for Primitives<'_> {
+    type Output = Vec<u32>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<u32> {
+        let Self { a, b, halves, brains } = self;
+        let mut results = vec![
+            math::dot_16(a, b).to_bits(),
+            math::sum_squares_16(a).to_bits(),
+            math::dot_f16_16(halves, b).to_bits(),
+            math::dot_bf16_16(brains, b).to_bits(),
+        ];
+        for value in a {
+            results.extend([math::exp(*value).to_bits(), math::ln(value.abs()).to_bits()]);
+        }
+        let mut buffer = ActivationBuffer::new(1, a.len());
+        buffer.quantize_row(0, a);
+        let view = buffer.view(1, a.len());
+        results.extend([view.scales()[0].to_bits(), view.sums()[0].cast_unsigned()]);
+        results.extend(view.codes(0).iter().map(|&code| u32::from(code.cast_unsigned())));
+        results
+    }
+}
+
+/// The largest error of `ours` in units in the last place of the true value, over `inputs`.
+fn worst_ulps(inputs: impl Iterator<Item = f32>, ours: impl Fn(f32) -> f32, truth: impl Fn(f64) -> f64) -> f64 {
+    let error = |x: f32| {
+        let exact = truth(f64::from(x));
+        let ulp = f64::from(((exact as f32).abs().max(f32::MIN_POSITIVE)).next_up()) - f64::from((exact as f32).abs());
+        (f64::from(ours(x)) - exact).abs() / ulp
+    };
+    inputs.map(error).fold(0.0, f64::max)
+}
+
+#[test]
+fn exp_is_accurate_and_has_the_right_ends() {
+    let inputs = || (0..400_000).map(|i| -87.3 + i as f32 * (176.0 / 400_000.0));
+    let worst = worst_ulps(inputs(), math::exp, libm::exp);
+    assert!(worst < 1.0, "{worst} ulp");
+    for (x, value) in [(0.0, 1.0), (-0.0, 1.0), (f32::NEG_INFINITY, 0.0), (-88.0, 0.0), (-1e30, 0.0)] {
+        assert_eq!(math::exp(x).to_bits(), f32::to_bits(value), "exp({x})");
+    }
+    assert_eq!(math::exp(89.0), f32::INFINITY);
+    assert_eq!(math::exp(f32::INFINITY), f32::INFINITY);
+    assert!(math::exp(88.72).is_finite());
+    assert!(math::exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn ln_is_accurate_and_has_the_right_ends() {
+    let inputs =
+        || (0..200_000u32).map(|i| f32::from_bits(1 + i * 10_695)).chain((1..100_000).map(|i| i as f32 * 2e-5));
+    let worst = worst_ulps(inputs(), math::ln, libm::log);
+    assert!(worst < 1.0, "{worst} ulp");
+    assert_eq!(math::ln(1.0).to_bits(), 0);
+    assert_eq!((math::ln(0.0), math::ln(-0.0)), (f32::NEG_INFINITY, f32::NEG_INFINITY));
+    assert_eq!(math::ln(f32::INFINITY), f32::INFINITY);
+    assert!(math::ln(-1.0).is_nan() && math::ln(f32::NAN).is_nan() && math::ln(f32::NEG_INFINITY).is_nan());
+}
+
+#[test]
+fn sixteen_bit_floats_widen_exactly() {
+    for bits in 0..=u16::MAX {
+        let (ours, truth) = (math::f16_to_f32(bits), half::f16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+        let (ours, truth) = (math::bf16_to_f32(bits), half::bf16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+    }
+}
+
+#[test]
+fn primitives_give_the_same_bits_on_every_instruction_set() {
+    let mut random = Random(7);
+    for len in [0, 1, 15, 16, 17, 100, 2560, 2567] {
+        let (mut a, b) = (random.floats(len), random.floats(len));
+        // Magnitudes from the denormals up, not only around 1.
+        a.iter_mut().step_by(3).for_each(|value| *value *= f32::from_bits((random.next() % (140 << 23)) as u32));
+        let halves: Vec<u16> = a.iter().map(|&value| half::f16::from_f32(value).to_bits()).collect();
+        let brains: Vec<u16> = a.iter().map(|&value| half::bf16::from_f32(value).to_bits()).collect();
+        let primitives = Primitives { a: &a, b: &b, halves: &halves, brains: &brains };
+        let expected = Isa::BASELINE.run(primitives);
+        for isa in Isa::available() {
+            assert_eq!(isa.run(primitives), expected, "{isa:?}, {len} values");
+        }
+    }
+}
+
+#[test]
+fn sums_follow_the_order_of_the_lanes() {
+    let mut random = Random(8);
+    for len in [0, 1, 15, 16, 17, 100, 2567] {
+        let (a, b) = (random.floats(len), random.floats(len));
+        let halves: Vec<u16> = a.iter().map(|&value| half::f16::from_f32(value).to_bits()).collect();
+        let brains: Vec<u16> = a.iter().map(|&value| half::bf16::from_f32(value).to_bits()).collect();
+        assert_eq!(math::dot_16(&a, &b), lane_by_lane(&a, &b));
+        assert_eq!(math::sum_squares_16(&a), lane_by_lane(&a, &a));
+        let widened: Vec<f32> = halves.iter().map(|&bits| half::f16::from_bits(bits).to_f32()).collect();
+        assert_eq!(math::dot_f16_16(&halves, &b), lane_by_lane(&widened, &b));
+        let widened: Vec<f32> = brains.iter().map(|&bits| half::bf16::from_bits(bits).to_f32()).collect();
+        assert_eq!(math::dot_bf16_16(&brains, &b), lane_by_lane(&widened, &b));
+    }
+}
+
+/// The rule for sums, in its own words.
+fn lane_by_lane(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    for i in 0..a.len() {
+        lanes[i % 16] = a[i].mul_add(b[i], lanes[i % 16]);
+    }
+    let eight: Vec<f32> = (0..8).map(|lane| lanes[lane] + lanes[lane + 8]).collect();
+    let four: Vec<f32> = (0..4).map(|lane| eight[lane] + eight[lane + 4]).collect();
+    (four[0] + four[2]) + (four[1] + four[3])
+}
