@@ -145,7 +145,9 @@ impl Builder<'_> {
         let present = names.iter().any(|name| self.table.contains(name));
         match self.conventions.tied {
             Some(true) => {
-                names.iter().for_each(|name| drop(self.table.take(name).map(|_| ())));
+                for name in &names {
+                    self.table.take(name);
+                }
                 Ok(None)
             }
             None if !present => Ok(None),
