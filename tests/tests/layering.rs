@@ -11,7 +11,7 @@ use bitnet_tests::server::workspace_root;
 /// bitnet-core: module -> modules it may name beside `ids`.
 const CORE: &[(&str, &[&str])] = &[
     ("ids", &[]),
-    ("quant", &[]),
+    ("quant", &["threads"]),
     ("kernels", &["quant", "threads"]),
     ("threads", &[]),
     ("checkpoint", &["quant"]),
