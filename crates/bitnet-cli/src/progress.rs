@@ -1,0 +1,14 @@
+//! The progress of a long load: a bar when stderr is a terminal, nothing otherwise (the log has its lines).
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// A bar over repacked weights. It appears only when loading takes noticeable time.
+pub fn weights_bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("loading  {bar:40}  {percent:>3} %  {msg}").expect("the template is valid");
+    bar.set_style(style);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
