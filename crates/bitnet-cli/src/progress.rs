@@ -7,7 +7,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// A bar over repacked weights. It appears only when loading takes noticeable time.
 pub fn weights_bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("loading  {bar:40}  {percent:>3} %  {msg}").expect("the template is valid");
+    let style =
+        ProgressStyle::with_template("loading  {bar:40}  {percent:>3} %  {msg}").expect("the template is valid");
     bar.set_style(style);
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
