@@ -459,7 +459,9 @@ fn kind_and_bytes(row: &TableRow<'_>, room: u64) -> Result<(&'static TensorKind,
     let unknown = || GgufError::TensorType { tensor: row.name.into(), id: row.kind_id };
     let first = kinds().next().ok_or_else(unknown)?;
     // Two programs use number 39; the bytes tell whose file it is. Padding to the alignment is below any real tensor.
-    let fits = |kind: &&TensorKind| kind.bytes(&row.dimensions).is_some_and(|bytes| bytes <= room);
+    let fits = |kind: &&TensorKind| {
+        kind.size == Size::ToNext || kind.bytes(&row.dimensions).is_some_and(|bytes| bytes <= room)
+    };
     let kind = kinds().find(fits).unwrap_or(first);
     let shape_error = || GgufError::Shape {
         tensor: row.name.into(),

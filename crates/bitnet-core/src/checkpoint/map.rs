@@ -83,7 +83,11 @@ mod tests {
             part.release();
             assert_eq!(part.bytes(), &expected[3..20]);
             assert_eq!(part.slice(2..5).unwrap().bytes(), &expected[5..8]);
-            assert!(part.slice(0..18).is_none() && part.slice(9..8).is_none() && part.slice(1..usize::MAX).is_none());
+            assert!(
+                part.slice(0..18).is_none()
+                    && part.slice(Range { start: 9, end: 8 }).is_none()
+                    && part.slice(1..usize::MAX).is_none()
+            );
             bytes.release();
             assert_eq!(bytes.bytes(), expected);
         }
