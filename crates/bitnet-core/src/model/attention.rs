@@ -63,7 +63,8 @@ pub(super) fn attend(
     phases.pool.run(&|worker| {
         let scratch = scratch.claim(worker.index()..worker.index() + 1);
         for (span, head) in share_of(worker, batch.spans(), num_kv_heads) {
-            let unit = Unit { kv, layer, head, head_dim, group: group_width / head_dim, blocks: batch.blocks(span), span, q };
+            let unit =
+                Unit { kv, layer, head, head_dim, group: group_width / head_dim, blocks: batch.blocks(span), span, q };
             isa.run(Attend { unit, out: &out, scratch: &mut *scratch });
         }
     });
@@ -223,7 +224,11 @@ impl Unit<'_> {
                 store_scores(dot_keys(queries, keys), scale, &mut scratch.scores[query * PARTITION + offset..]);
             }
             for query in tiles_end..end {
-                store_scores(dot_keys([self.query(query)], keys), scale, &mut scratch.scores[query * PARTITION + offset..]);
+                store_scores(
+                    dot_keys([self.query(query)], keys),
+                    scale,
+                    &mut scratch.scores[query * PARTITION + offset..],
+                );
             }
         });
     }
