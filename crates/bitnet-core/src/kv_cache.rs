@@ -61,7 +61,7 @@ impl KvCache {
         self.storage.copy_within(start..start + bytes, to.index() * bytes);
     }
 
-    fn with_geometry(geometry: Geometry, num_blocks: usize) -> std::io::Result<Self> {
+    pub(crate) fn with_geometry(geometry: Geometry, num_blocks: usize) -> std::io::Result<Self> {
         let bytes = geometry.block_bytes().checked_mul(num_blocks).ok_or(std::io::ErrorKind::OutOfMemory)?;
         let storage = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
         Ok(Self { storage, geometry, num_blocks })

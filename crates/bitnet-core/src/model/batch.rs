@@ -152,7 +152,7 @@ impl Batch {
         self.num_blocks
     }
 
-    fn checked(limits: &Limits, sequences: &[BatchSequence<'_>]) -> Result<Self, BatchError> {
+    pub(super) fn checked(limits: &Limits, sequences: &[BatchSequence<'_>]) -> Result<Self, BatchError> {
         let num_rows = sequences.iter().map(|s| s.tokens.len()).fold(0, usize::saturating_add);
         if sequences.is_empty() || sequences.iter().any(|s| s.tokens.is_empty()) {
             return Err(BatchError::Empty);
@@ -223,11 +223,11 @@ impl QuerySpan {
 }
 
 /// What a batch is checked against.
-struct Limits {
-    vocab_size: usize,
-    num_blocks: usize,
-    max_rows: usize,
-    max_context: usize,
+pub(super) struct Limits {
+    pub(super) vocab_size: usize,
+    pub(super) num_blocks: usize,
+    pub(super) max_rows: usize,
+    pub(super) max_context: usize,
 }
 
 impl Limits {
@@ -287,7 +287,10 @@ mod tests {
         let table = [BlockId(0), BlockId(1), BlockId(2), BlockId(3)];
         assert_eq!(check(&[]).expect_err("refused"), BatchError::Empty);
         assert_eq!(check(&[sequence(&[], 0, &table)]).expect_err("refused"), BatchError::Empty);
-        assert_eq!(check(&[sequence(&t, 0, &table)]).expect_err("refused"), BatchError::TooManyRows { rows: 41, max: 40 });
+        assert_eq!(
+            check(&[sequence(&t, 0, &table)]).expect_err("refused"),
+            BatchError::TooManyRows { rows: 41, max: 40 }
+        );
         assert_eq!(
             check(&[sequence(&[TokenId(10)], 0, &table)]).expect_err("refused"),
             BatchError::TokenOutOfRange { id: 10, vocab_size: 10 }
@@ -298,7 +301,10 @@ mod tests {
                 BatchError::PositionOutOfRange { position }
             );
         }
-        assert_eq!(check(&[sequence(&t[..1], 0, &[BlockId(4)])]).expect_err("refused"), BatchError::BlockOutOfRange { id: 4 });
+        assert_eq!(
+            check(&[sequence(&t[..1], 0, &[BlockId(4)])]).expect_err("refused"),
+            BatchError::BlockOutOfRange { id: 4 }
+        );
     }
 
     #[test]
