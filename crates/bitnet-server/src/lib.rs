@@ -1,1 +1,3 @@
-//! server
+//! The serving library: prompts so far.
+
+pub mod prompt;
