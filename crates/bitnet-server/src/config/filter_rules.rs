@@ -70,6 +70,18 @@ pub enum Direction {
     Both,
 }
 
+impl Direction {
+    /// Whether prompts are read.
+    pub fn reads_input(self) -> bool {
+        self != Self::Output
+    }
+
+    /// Whether generated text is read.
+    pub fn reads_output(self) -> bool {
+        self != Self::Input
+    }
+}
+
 /// What a match does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
