@@ -4,7 +4,7 @@ use std::{collections::HashSet, path::Path};
 
 use serde::Deserialize;
 
-use super::ConfigError;
+use super::{ConfigError, raw::toml_reason};
 
 /// Longest rule id: it is a metric label and a log field.
 const MAX_ID_BYTES: usize = 64;
@@ -135,7 +135,7 @@ impl FilterRules {
             rule: Vec<FilterRule>,
         }
         let refused = |reason: String| ConfigError::File { path: origin.to_owned(), reason };
-        let file: File = toml::from_str(text).map_err(|error| refused(error.to_string().trim().to_owned()))?;
+        let file: File = toml::from_str(text).map_err(|error| refused(toml_reason(text, &error)))?;
         let mut ids = HashSet::new();
         for rule in &file.rule {
             if !ids.insert(&rule.id) {

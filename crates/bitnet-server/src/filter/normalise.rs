@@ -50,9 +50,16 @@ mod tests {
 
     #[test]
     fn spellings_of_one_word_are_one() {
-        for spelling in
-            ["Aurora", "ＡＵＲＯＲＡ", "a\u{200B}u\u{AD}rora", "áurörà", "a\u{301}urora", "𝒜urora", "auro\u{E0041}ra", "aur⓪ra"]
-        {
+        for spelling in [
+            "Aurora",
+            "ＡＵＲＯＲＡ",
+            "a\u{200B}u\u{AD}rora",
+            "áurörà",
+            "a\u{301}urora",
+            "𝒜urora",
+            "auro\u{E0041}ra",
+            "aur⓪ra",
+        ] {
             assert_eq!(folded(spelling).replace('0', "o"), "aurora", "{spelling}");
         }
         assert_eq!(folded("STRASSE"), folded("straße"));

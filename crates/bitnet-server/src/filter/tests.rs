@@ -27,7 +27,8 @@ fn stream(filter: &ContentFilter, pieces: &[&str]) -> (String, Option<String>) {
     let mut output = filter.output_filter().expect("a rule reads output");
     let mut text = String::new();
     let mut blocked = None;
-    for filtered in pieces.iter().map(|piece| output.push(piece)).collect::<Vec<_>>().into_iter().chain([output.finish()])
+    for filtered in
+        pieces.iter().map(|piece| output.push(piece)).collect::<Vec<_>>().into_iter().chain([output.finish()])
     {
         text.push_str(&filtered.text);
         blocked = blocked.or(filtered.blocked.map(|hit| hit.rule_id.to_string()));
@@ -57,7 +58,10 @@ fn text_is_held_back_only_while_a_match_may_still_come() {
         .collect();
     let expected = [("xyz", 3), ("", 3), ("", 3), ("abce", 7), ("", 7)];
     assert_eq!(sent, expected.map(|(text, settled)| (text.to_owned(), settled)));
-    assert_eq!((output.finish().text, output.push("more")), ("a".to_owned(), Filtered { settled_bytes: 8, ..Filtered::default() }));
+    assert_eq!(
+        (output.finish().text, output.push("more")),
+        ("a".to_owned(), Filtered { settled_bytes: 8, ..Filtered::default() })
+    );
 }
 
 #[test]
@@ -181,7 +185,8 @@ fn naive_first_live(rules: &[FilterRule], text: &str) -> usize {
     let begins = |suffix: &[(char, usize)]| {
         rules.iter().flat_map(|rule| &rule.patterns).any(|pattern| {
             let pattern = normalised(pattern);
-            suffix.len() <= pattern.chars().count() && suffix.iter().map(|(c, _)| *c).eq(pattern.chars().take(suffix.len()))
+            suffix.len() <= pattern.chars().count()
+                && suffix.iter().map(|(c, _)| *c).eq(pattern.chars().take(suffix.len()))
         })
     };
     let live = (0..normal.len()).find(|at| begins(&normal[*at..]));
