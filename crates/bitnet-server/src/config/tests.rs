@@ -113,11 +113,28 @@ fn every_profile_is_valid() {
 }
 
 #[test]
+fn the_files_of_deploy_are_valid() {
+    for text in [
+        include_str!("../../../../deploy/kubernetes/base/config.toml"),
+        include_str!("../../../../deploy/kubernetes/overlays/edge/config.toml"),
+        include_str!("../../../../deploy/kubernetes/overlays/server/config.toml"),
+        include_str!("../../../../deploy/kubernetes/overlays/cloud/config.toml"),
+    ] {
+        let raw = RawConfig::from_toml(text, "config.toml").unwrap_or_else(|error| panic!("{error}"));
+        assert!(raw.api_key_file.is_some() && raw.metrics_port == Some(9090), "what the manifests mount and probe");
+        let drain_seconds = raw.drain_timeout.expect("the grace period depends on it");
+        assert!(15.0 + drain_seconds < 75.0, "preStop and drain fit the grace period");
+        let elsewhere = RawConfig { api_key_file: None, insecure: Some(true), threads: Some(1), ..raw };
+        ServerConfig::resolve(elsewhere).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_bad_file_is_refused_by_name() {
     let error = |text: &str| RawConfig::from_toml(text, "my.toml").expect_err("bad").to_string();
     assert!(error("max-que = 1").starts_with("my.toml: ") && error("max-que = 1").contains("`max-que`"));
     assert!(error("port = \"x\"").contains("port") && error("port = 70000").contains("port"));
-    assert!(error("port = 1\nport = 2").contains("port") && error("max-n = 1\nmax_n = 2").contains("set twice"));
+    assert!(error("port = 1\nport = 2").contains("line 2: duplicate key") && error("max-n = 1\nmax_n = 2").contains("set twice"));
     assert!(error("config = \"other.toml\"").contains("`config`"));
     assert!(error("# x\nport 1").starts_with("my.toml: line 2: "));
     assert!(["port 1", "port = \"x\"", "max-que = 1"].iter().all(|text| !error(text).contains('\n')), "one line");
