@@ -3,4 +3,9 @@
 //! Layers, imports point down only: L0 `config`, `openai`, `metrics`; L1 `limits`, `filter`, `prompt`, `output`,
 //! `response_cache`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file and `shutdown`.
 
+pub mod config;
 pub mod engine;
+pub mod filter;
+pub mod limits;
+pub mod metrics;
+pub mod response_cache;
