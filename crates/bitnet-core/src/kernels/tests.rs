@@ -1,4 +1,5 @@
 //! One property suite, run for every kernel and every instruction set of this CPU: bits against a naive reference.
+#![allow(clippy::unwrap_used)]
 
 use std::convert::Infallible;
 
@@ -202,4 +203,133 @@ fn kernels_are_chosen_by_name() {
     for missing in NAMES.iter().filter(|name| !names.contains(name)) {
         assert!(matches!(select(missing), Err(KernelError::Unsupported { .. })));
     }
+}
+
+/// Every primitive over the same values: the bits under each instruction set must be those of the baseline.
+#[derive(Clone, Copy)]
+struct Primitives<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    halves: &'a [u16],
+    brains: &'a [u16],
+}
+
+impl FloatOp for Primitives<'_> {
+    type Output = Vec<u32>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<u32> {
+        let Self { a, b, halves, brains } = self;
+        let mut results = vec![
+            math::dot_16(a, b).to_bits(),
+            math::sum_squares_16(a).to_bits(),
+            math::dot_f16_16(halves, b).to_bits(),
+            math::dot_bf16_16(brains, b).to_bits(),
+        ];
+        for value in a {
+            results.extend([math::exp(*value).to_bits(), math::ln(value.abs()).to_bits()]);
+        }
+        let mut buffer = ActivationBuffer::new(1, a.len());
+        buffer.quantize_row(0, a);
+        let view = buffer.view(1, a.len());
+        results.extend([view.scales()[0].to_bits(), view.sums()[0].cast_unsigned()]);
+        results.extend(view.codes(0).iter().map(|&code| u32::from(code.cast_unsigned())));
+        results
+    }
+}
+
+/// The largest error of `ours` in units in the last place of the true value, over `inputs`.
+fn worst_ulps(inputs: impl Iterator<Item = f32>, ours: impl Fn(f32) -> f32, truth: impl Fn(f64) -> f64) -> f64 {
+    let error = |x: f32| {
+        let exact = truth(f64::from(x));
+        let ulp = f64::from(((exact as f32).abs().max(f32::MIN_POSITIVE)).next_up()) - f64::from((exact as f32).abs());
+        (f64::from(ours(x)) - exact).abs() / ulp
+    };
+    inputs.map(error).fold(0.0, f64::max)
+}
+
+#[test]
+fn exp_is_accurate_and_has_the_right_ends() {
+    let inputs = || (0..400_000).map(|i| -87.3 + i as f32 * (176.0 / 400_000.0));
+    let worst = worst_ulps(inputs(), math::exp, libm::exp);
+    assert!(worst < 1.0, "{worst} ulp");
+    for (x, value) in [(0.0, 1.0), (-0.0, 1.0), (f32::NEG_INFINITY, 0.0), (-88.0, 0.0), (-1e30, 0.0)] {
+        assert_eq!(math::exp(x).to_bits(), f32::to_bits(value), "exp({x})");
+    }
+    assert_eq!(math::exp(89.0), f32::INFINITY);
+    assert_eq!(math::exp(f32::INFINITY), f32::INFINITY);
+    assert!(math::exp(88.72).is_finite());
+    assert!(math::exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn ln_is_accurate_and_has_the_right_ends() {
+    let inputs =
+        || (0..200_000u32).map(|i| f32::from_bits(1 + i * 10_695)).chain((1..100_000).map(|i| i as f32 * 2e-5));
+    let worst = worst_ulps(inputs(), math::ln, libm::log);
+    assert!(worst < 1.0, "{worst} ulp");
+    assert_eq!(math::ln(1.0).to_bits(), 0);
+    assert_eq!((math::ln(0.0), math::ln(-0.0)), (f32::NEG_INFINITY, f32::NEG_INFINITY));
+    assert_eq!(math::ln(f32::INFINITY), f32::INFINITY);
+    assert!(math::ln(-1.0).is_nan() && math::ln(f32::NAN).is_nan() && math::ln(f32::NEG_INFINITY).is_nan());
+}
+
+#[test]
+fn sixteen_bit_floats_widen_exactly() {
+    for bits in 0..=u16::MAX {
+        let (ours, truth) = (math::f16_to_f32(bits), half::f16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+        let (ours, truth) = (math::bf16_to_f32(bits), half::bf16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+    }
+}
+
+#[test]
+fn primitives_give_the_same_bits_on_every_instruction_set() {
+    let mut random = Random(7);
+    for len in [0, 1, 15, 16, 17, 100, 2560, 2567] {
+        let (mut a, b) = (random.floats(len), random.floats(len));
+        // Magnitudes from the denormals up, not only around 1.
+        a.iter_mut().step_by(3).for_each(|value| *value *= f32::from_bits((random.next() % (140 << 23)) as u32));
+        let halves: Vec<u16> = a.iter().map(|&value| half::f16::from_f32(value).to_bits()).collect();
+        let brains: Vec<u16> = a.iter().map(|&value| half::bf16::from_f32(value).to_bits()).collect();
+        let primitives = Primitives { a: &a, b: &b, halves: &halves, brains: &brains };
+        let expected = Isa::BASELINE.run(primitives);
+        for isa in Isa::available() {
+            assert_eq!(isa.run(primitives), expected, "{isa:?}, {len} values");
+        }
+    }
+}
+
+#[test]
+fn sums_follow_the_order_of_the_lanes() {
+    let mut random = Random(8);
+    for len in [0, 1, 15, 16, 17, 100, 2567] {
+        let (a, b) = (random.floats(len), random.floats(len));
+        let halves: Vec<u16> = a.iter().map(|&value| half::f16::from_f32(value).to_bits()).collect();
+        let brains: Vec<u16> = a.iter().map(|&value| half::bf16::from_f32(value).to_bits()).collect();
+        assert_eq!(math::dot_16(&a, &b), lane_by_lane(&a, &b));
+        assert_eq!(math::sum_squares_16(&a), lane_by_lane(&a, &a));
+        let widened: Vec<f32> = halves.iter().map(|&bits| half::f16::from_bits(bits).to_f32()).collect();
+        assert_eq!(math::dot_f16_16(&halves, &b), lane_by_lane(&widened, &b));
+        let widened: Vec<f32> = brains.iter().map(|&bits| half::bf16::from_bits(bits).to_f32()).collect();
+        assert_eq!(math::dot_bf16_16(&brains, &b), lane_by_lane(&widened, &b));
+    }
+}
+
+/// The rule for sums, in its own words.
+fn lane_by_lane(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    for i in 0..a.len() {
+        lanes[i % 16] = a[i].mul_add(b[i], lanes[i % 16]);
+    }
+    let eight: Vec<f32> = (0..8).map(|lane| lanes[lane] + lanes[lane + 8]).collect();
+    let four: Vec<f32> = (0..4).map(|lane| eight[lane] + eight[lane + 4]).collect();
+    (four[0] + four[2]) + (four[1] + four[3])
 }
