@@ -32,7 +32,7 @@ fn roomy() -> EngineConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
         max_queue: 64,
-        max_model_len: 96,
+        max_model_len: 128,
         num_kv_blocks: 64,
         kv_dtype: KvDtype::F16,
     }
@@ -56,7 +56,7 @@ fn requests() -> Vec<GenerationRequest> {
             prompt: (0..number * 11).map(|i| TokenId((i * 37 + number * 101) % 500)).collect(),
             sampling: sampling.validated(VOCAB_SIZE).expect("inside every range"),
             num_choices: 1 + number % 2,
-            max_tokens: if number == 6 { 0 } else { 24 },
+            max_tokens: if number == 6 { 0 } else { 60 },
             min_tokens: number as usize,
             stop_tokens: Arc::new([TokenId(501), TokenId(509)]),
             logprobs: (number % 2 == 0).then_some(3),
@@ -98,8 +98,8 @@ async fn an_answer_never_depends_on_its_neighbours() {
     }
     check_shapes(&requests, &alone);
 
-    // Seven blocks hold one context of 96 and little else: the crowd preempts itself all the time.
-    let crowded = EngineConfig { max_num_batched_tokens: 5, num_kv_blocks: 7, ..roomy() };
+    // Eight blocks hold one context: sequences that start together outgrow them and preempt each other.
+    let crowded = EngineConfig { max_num_batched_tokens: 5, num_kv_blocks: 8, ..roomy() };
     for (num_threads, config) in [(2, roomy()), (1, crowded)] {
         let handle = start(num_threads, &config);
         let streams: Vec<_> = requests.iter().rev().map(|request| submit(&handle, request)).collect();
