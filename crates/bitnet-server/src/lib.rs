@@ -4,3 +4,4 @@
 //! `response_cache`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file and `shutdown`.
 
 pub mod engine;
+pub mod openai;
