@@ -1,14 +1,53 @@
-//! Kernel dispatch: the [`TernaryKernel`] trait, what this CPU offers, and the choice. No arithmetic lives here.
+//! Kernel dispatch: the [`TernaryKernel`] trait, what this CPU offers, and the choice. No arithmetic lives here but the one
+//! line of floating point that follows every integer product.
+//!
+//! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
+//! the same bits: the products are exact integers, and [`epilogue`] is the same for all.
 
-/// One implementation of the ternary matrix product. Stub.
+mod isa;
+pub mod math;
+pub mod packing;
+mod scalar;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use std::sync::LazyLock;
+
+pub use isa::{FloatOp, Isa};
+use packing::{PackedLayout, PackedRows};
+
+use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+
+/// One implementation of the ternary matrix product, of 1 to any number of tokens.
 pub trait TernaryKernel: Send + Sync + 'static {
     /// `scalar`, `x86_64-avx2`, `x86_64-avxvnni`, `x86_64-avx512vnni`, `aarch64-neon`, ...
     fn name(&self) -> &'static str;
+
+    /// How weights must be packed.
+    fn layout(&self) -> PackedLayout;
+
+    /// The instruction set for the floating-point work around the products.
+    fn isa(&self) -> Isa;
+
+    /// `out[row] = (w . x as f32) / s * scale`, for one token.
+    ///
+    /// # Panics
+    /// When `x` is not one token of `w.cols()` values or `out` is not `w.rows()` long.
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]);
+
+    /// `out[token][row] = (w . x[token] as f32) / s[token] * scale`. `out: [x.num_tokens(), w.rows()]`
+    ///
+    /// # Panics
+    /// When the shapes do not agree.
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
 }
 
 /// Every kernel this CPU can run, `scalar` first, the fastest last.
 pub fn available() -> &'static [&'static dyn TernaryKernel] {
-    unimplemented!()
+    static AVAILABLE: LazyLock<Vec<&'static dyn TernaryKernel>> = LazyLock::new(detect);
+    &AVAILABLE
 }
 
 /// The kernel called `name`, or the fastest when `name` is `auto`.
@@ -16,8 +55,17 @@ pub fn available() -> &'static [&'static dyn TernaryKernel] {
 /// # Errors
 /// When no kernel has that name or this CPU lacks what it needs; never a silent fallback.
 pub fn select(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
-    let _ = name;
-    unimplemented!()
+    let fits = |kernel: &&&dyn TernaryKernel| name == "auto" || kernel.name() == name;
+    if let Some(kernel) = available().iter().rev().find(fits) {
+        return Ok(*kernel);
+    }
+    let names: Vec<_> = available().iter().map(|kernel| kernel.name()).collect();
+    let (name, available) = (name.to_owned(), names.join(", "));
+    if NAMES.contains(&name.as_str()) {
+        Err(KernelError::Unsupported { name, available })
+    } else {
+        Err(KernelError::Unknown { name, available })
+    }
 }
 
 /// Why a kernel cannot be used.
@@ -39,4 +87,35 @@ pub enum KernelError {
         /// Comma-separated names.
         available: String,
     },
+}
+
+/// Every kernel of every architecture: what `select` can tell apart from a typing error.
+const NAMES: &[&str] = &["scalar", "x86_64-avx2", "x86_64-avxvnni", "x86_64-avx512vnni"];
+
+/// What this CPU can run, slowest first. A detector hands its kernel out only where the instructions are.
+fn detect() -> Vec<&'static dyn TernaryKernel> {
+    let mut kernels: Vec<&'static dyn TernaryKernel> = vec![&scalar::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    kernels.extend(x86_64::detect());
+    kernels
+}
+
+/// The frozen end of every product: three separate roundings, in this order.
+#[inline(always)]
+fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
+    sum as f32 / s * scale
+}
+
+/// What every kernel's pointer arithmetic relies on, checked once per product.
+fn check_gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
+    assert_eq!((x.num_tokens(), x.cols(), out.len()), (1, w.cols(), w.rows()), "shapes of a matrix-vector product");
+}
+
+/// As [`check_gemv`].
+fn check_gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &ColumnsMut<'_>) {
+    assert_eq!(
+        (x.num_tokens(), x.cols(), out.num_columns()),
+        (out.num_rows(), w.cols(), w.rows()),
+        "shapes of a matrix product"
+    );
 }

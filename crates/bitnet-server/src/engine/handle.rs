@@ -1,12 +1,20 @@
 //! The async side of the engine: [`EngineHandle::reserve`] a place, then submit, then read one receiver a choice.
-//! One bounded channel, nothing else. Dropping a [`SequenceStream`] cancels its sequence.
+//! One bounded channel down, one bounded channel a sequence up, nothing else. Dropping a [`SequenceStream`] cancels its
+//! sequence. No model, scheduler or block lives here.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
 
 use bitnet_core::{
     TokenId,
     sampling::{SamplingParams, TokenLogprobs},
 };
+use tokio::sync::mpsc;
 
 /// A validated request in token ids: the only thing the engine understands.
 #[derive(Clone, Debug)]
@@ -78,6 +86,10 @@ pub enum EngineError {
     /// A logit was NaN or infinite: the weights or activations hold one.
     #[error("the model produced a value that is not finite")]
     NotFinite,
+    /// The request does not fit the model (empty, longer than the context, an id outside the vocabulary); usually one that
+    /// was not validated.
+    #[error("the request does not fit the model")]
+    Invalid,
     /// The deadline passed.
     #[error("the request ran into its time limit")]
     Timeout,
@@ -100,29 +112,46 @@ pub enum SubmitError {
     Stopped,
 }
 
-/// A place in the queue, taken before the prompt is tokenized; given back when dropped.
+/// A place in the queue, taken before the prompt is tokenized; given back when dropped. A submitted request keeps it until
+/// all its choices run or are gone.
 #[derive(Debug)]
-pub struct SubmitPermit {}
+pub struct SubmitPermit {
+    place: QueuePlace,
+    commands: mpsc::Sender<Command>,
+}
 
 impl SubmitPermit {
-    /// Submits `request`: one stream a choice, in order.
+    /// Submits `request`: one stream a choice, in order. What does not fit the model ends with `Failed(Invalid)`.
     ///
     /// # Errors
     /// [`SubmitError::Stopped`].
     pub fn submit(self, request: GenerationRequest) -> Result<Vec<SequenceStream>, SubmitError> {
-        let _ = request;
-        unimplemented!()
+        let capacity = request.max_tokens.min(self.place.0.max_model_len) + EVENTS_BESIDE_TOKENS;
+        let (senders, streams) = (0..request.num_choices)
+            .map(|_| {
+                // Bounded by all a sequence can ever say, so the engine never waits for a slow reader and a reader never
+                // holds more than its request was allowed. The channel allocates as it fills.
+                let (sender, events) = mpsc::channel(capacity);
+                (sender, SequenceStream { events })
+            })
+            .unzip();
+        let submission = Submission { request: Arc::new(request), events: senders, place: Arc::new(self.place) };
+        // The channel has room for every place and the wake-up, so only a dead engine refuses.
+        self.commands.try_send(Command::Submit(submission)).map_err(|_| SubmitError::Stopped)?;
+        Ok(streams)
     }
 }
 
 /// Events of one sequence. Dropping it cancels the sequence.
 #[derive(Debug)]
-pub struct SequenceStream {}
+pub struct SequenceStream {
+    events: mpsc::Receiver<SequenceEvent>,
+}
 
 impl SequenceStream {
-    /// The next event; after a terminal one, or when the engine died, `Failed(Stopped)`.
+    /// The next event; after a terminal one, or when the engine died, `Failed(Stopped)`. Cancel-safe.
     pub async fn next(&mut self) -> SequenceEvent {
-        unimplemented!()
+        self.events.recv().await.unwrap_or(SequenceEvent::Failed(EngineError::Stopped))
     }
 }
 
@@ -131,7 +160,7 @@ impl SequenceStream {
 pub struct EngineStatus {
     /// Sequences being computed.
     pub running: usize,
-    /// Requests waiting.
+    /// Requests waiting: reserved, submitted or preempted out of the batch.
     pub waiting: usize,
     /// Most requests that may wait.
     pub max_waiting: usize,
@@ -143,21 +172,143 @@ pub struct EngineStatus {
     pub retry_after_seconds: u32,
 }
 
-/// The way to the engine thread; cheap to clone.
+/// The way to the engine thread; cheap to clone. When the last one is dropped the engine finishes its work and ends.
 #[derive(Clone, Debug)]
-pub struct EngineHandle {}
+pub struct EngineHandle {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+}
 
 impl EngineHandle {
+    /// The handle, and the receiver that goes to the engine thread.
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, mpsc::Receiver<Command>) {
+        // One slot a place, so a submission always fits, and one for the wake-up of a shutdown.
+        let (commands, receiver) = mpsc::channel(shared.max_waiting + 1);
+        (Self { commands, shared }, receiver)
+    }
+
     /// Takes a place in the queue, before any work is done for the request.
     ///
     /// # Errors
     /// [`SubmitError::QueueFull`], [`SubmitError::Stopped`].
     pub fn reserve(&self) -> Result<SubmitPermit, SubmitError> {
-        unimplemented!()
+        if !self.shared.alive.load(Ordering::Acquire) || self.shared.stopping() {
+            return Err(SubmitError::Stopped);
+        }
+        let place = QueuePlace::take(&self.shared).ok_or(SubmitError::QueueFull)?;
+        Ok(SubmitPermit { place, commands: self.commands.clone() })
     }
 
     /// What the engine is doing.
     pub fn status(&self) -> EngineStatus {
-        unimplemented!()
+        let shared = &self.shared;
+        EngineStatus {
+            running: shared.running.load(Ordering::Relaxed),
+            waiting: shared.waiting.load(Ordering::Relaxed),
+            max_waiting: shared.max_waiting,
+            alive: shared.alive.load(Ordering::Acquire),
+            stalled_seconds: shared.stalled_seconds(),
+            retry_after_seconds: shared.retry_after_seconds.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends the engine now: sequences that are left fail with [`EngineError::ShuttingDown`], then the thread ends. To drain
+    /// first, stop submitting and wait until [`EngineHandle::status`] shows nothing running or waiting.
+    pub fn shutdown(&self) {
+        if !self.shared.stopping.swap(true, Ordering::AcqRel) {
+            // The flag is what counts; the message only wakes an idle engine, and is not needed when it is dead.
+            let _ = self.commands.try_send(Command::Wake);
+        }
     }
 }
+
+/// What goes down the one channel.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// A request with its place.
+    Submit(Submission),
+    /// Look at the shutdown flag.
+    Wake,
+}
+
+/// A request on its way to the engine.
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub(super) request: Arc<GenerationRequest>,
+    /// One a choice.
+    pub(super) events: Vec<mpsc::Sender<SequenceEvent>>,
+    /// Shared by the choices: free when the last of them runs or is gone.
+    pub(super) place: Arc<QueuePlace>,
+}
+
+/// One of the `max_waiting` places; its `Drop` gives it back.
+#[derive(Debug)]
+pub(super) struct QueuePlace(Arc<Shared>);
+
+impl QueuePlace {
+    fn take(shared: &Arc<Shared>) -> Option<Self> {
+        shared
+            .waiting
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |taken| (taken < shared.max_waiting).then_some(taken + 1))
+            .ok()?;
+        Some(Self(Arc::clone(shared)))
+    }
+}
+
+impl Drop for QueuePlace {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// What the two sides share: counters and flags, no data.
+#[derive(Debug)]
+pub(super) struct Shared {
+    max_waiting: usize,
+    max_model_len: usize,
+    waiting: AtomicUsize,
+    pub(super) running: AtomicUsize,
+    pub(super) alive: AtomicBool,
+    stopping: AtomicBool,
+    pub(super) retry_after_seconds: AtomicU32,
+    /// Milliseconds from `origin` to the end of the last step (or the moment work came), plus one; 0 when idle.
+    busy_since_ms: AtomicU64,
+    origin: Instant,
+}
+
+impl Shared {
+    pub(super) fn new(max_waiting: usize, max_model_len: usize) -> Self {
+        Self {
+            max_waiting,
+            max_model_len,
+            waiting: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            alive: AtomicBool::new(true),
+            stopping: AtomicBool::new(false),
+            retry_after_seconds: AtomicU32::new(1),
+            busy_since_ms: AtomicU64::new(0),
+            origin: Instant::now(),
+        }
+    }
+
+    /// Whether a shutdown was asked for.
+    pub(super) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The heartbeat: called before each step, and with `false` when there is nothing to do.
+    pub(super) fn beat(&self, busy: bool) {
+        let now_ms = self.origin.elapsed().as_millis() as u64;
+        self.busy_since_ms.store(if busy { now_ms + 1 } else { 0 }, Ordering::Relaxed);
+    }
+
+    fn stalled_seconds(&self) -> f64 {
+        match self.busy_since_ms.load(Ordering::Relaxed) {
+            0 => 0.0,
+            since => self.origin.elapsed().as_secs_f64() - (since - 1) as f64 / 1000.0,
+        }
+    }
+}
+
+/// `PromptDone` and the terminal event.
+const EVENTS_BESIDE_TOKENS: usize = 2;

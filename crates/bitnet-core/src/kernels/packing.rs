@@ -1,0 +1,227 @@
+//! Ternary weights in memory: which kernel can read them, tile sizes, alignment.
+//!
+//! Layout T32.2 (2 bits a weight): tiles of 32 rows x 16 columns are 128 bytes, the tiles of 32 rows lie one after the other
+//! along the columns (a panel). Within a tile, row `r`'s word of 4 bytes is at `4 * r`; its byte `b` holds the columns
+//! `4 * p + b` in the bit pairs `p = 0..4`, as code = weight + 1. Rows of one column step are neighbours, so a vector of words
+//! is a vector of rows: no sums across lanes, and 4 activations are one broadcast word. Rows are padded to 32 and columns to
+//! 16 with weight 0.
+#![allow(unsafe_code)]
+
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
+
+use memmap2::MmapMut;
+
+use crate::threads::{SharedRows, WorkerPool};
+
+/// Rows of a tile: the granularity in which weights are split among workers.
+pub const ROW_TILE: usize = 32;
+/// Columns of a tile of layout T32.2.
+pub const COLUMN_TILE: usize = 16;
+/// Bytes of a tile of layout T32.2.
+pub const TILE_BYTES: usize = ROW_TILE * COLUMN_TILE / 4;
+/// The most columns: every integer sum of a kernel, a plane of codes still shifted included, stays inside i32.
+pub const MAX_COLS: usize = 1 << 16;
+
+/// How codes are arranged in memory. A kernel reads one layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackedLayout {
+    /// 2 bits a weight, tiles of 32 rows x 16 columns.
+    T32x2Bit,
+}
+
+impl PackedLayout {
+    /// Bytes of a panel: 32 rows of `cols` columns.
+    pub fn panel_bytes(self, cols: usize) -> usize {
+        match self {
+            Self::T32x2Bit => cols.div_ceil(COLUMN_TILE) * TILE_BYTES,
+        }
+    }
+}
+
+/// A ternary matrix in the layout of one kernel, with its scale.
+#[derive(Debug)]
+pub struct PackedTernary {
+    memory: MmapMut,
+    layout: PackedLayout,
+    rows: usize,
+    cols: usize,
+    scale: f32,
+}
+
+impl PackedTernary {
+    /// Packs a matrix `[rows, cols]` whose row `r` `decode_row(r, codes)` writes as weights -1, 0, +1, in parallel on `pool`.
+    ///
+    /// # Errors
+    /// The error of the lowest row that could not be decoded.
+    ///
+    /// # Panics
+    /// When a dimension is 0, `cols` exceeds [`MAX_COLS`], a decoded weight is not ternary, or memory is exhausted.
+    pub fn pack<E: Send>(
+        rows: usize,
+        cols: usize,
+        scale: f32,
+        layout: PackedLayout,
+        pool: &mut WorkerPool,
+        decode_row: &(dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync),
+    ) -> Result<Self, E> {
+        assert!(rows > 0 && (1..=MAX_COLS).contains(&cols), "cannot pack a matrix of {rows} x {cols}");
+        let panel_bytes = layout.panel_bytes(cols);
+        let num_panels = rows.div_ceil(ROW_TILE);
+        let mut memory = huge_pages(num_panels * panel_bytes);
+        let panels = SharedRows::new(&mut memory[..], panel_bytes);
+        let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
+        pool.run(&|worker| {
+            let share = worker.share(num_panels, 1);
+            let mut codes = vec![0; ROW_TILE * cols.next_multiple_of(COLUMN_TILE)];
+            let packed = panels.claim(share.clone());
+            for (panel, bytes) in share.zip(packed.chunks_exact_mut(panel_bytes)) {
+                let first_row = panel * ROW_TILE;
+                let result = decode_panel(first_row..rows.min(first_row + ROW_TILE), cols, &mut codes, decode_row);
+                if let Err((row, error)) = result {
+                    let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+                    if first.as_ref().is_none_or(|(lowest, _)| row < *lowest) {
+                        *first = Some((row, error));
+                    }
+                    return;
+                }
+                match layout {
+                    PackedLayout::T32x2Bit => pack_panel_2bit(&codes, bytes),
+                }
+            }
+        });
+        match first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some((_, error)) => Err(error),
+            None => Ok(Self { memory, layout, rows, cols, scale }),
+        }
+    }
+
+    /// Rows: outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of the packed codes.
+    pub fn bytes(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// What the integer product is multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The rows `rows`, for one worker.
+    ///
+    /// # Panics
+    /// When `rows` reaches outside, or starts or ends inside a tile of [`ROW_TILE`] rows (the last row may end it).
+    pub fn slice(&self, rows: Range<usize>) -> PackedRows<'_> {
+        let Range { start, end } = rows;
+        let whole_tiles = start.is_multiple_of(ROW_TILE)
+            && (end.is_multiple_of(ROW_TILE) || end == self.rows)
+            && start <= end
+            && end <= self.rows;
+        assert!(whole_tiles, "rows {start}..{end} of {} are not whole tiles", self.rows);
+        let panel_bytes = self.layout.panel_bytes(self.cols);
+        let panels = start.div_ceil(ROW_TILE)..end.div_ceil(ROW_TILE);
+        PackedRows {
+            codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
+            layout: self.layout,
+            rows: end - start,
+            cols: self.cols,
+            scale: self.scale,
+        }
+    }
+}
+
+/// Whole tiles of rows of a [`PackedTernary`].
+#[derive(Clone, Copy, Debug)]
+pub struct PackedRows<'a> {
+    codes: &'a [u8],
+    layout: PackedLayout,
+    rows: usize,
+    cols: usize,
+    scale: f32,
+}
+
+impl<'a> PackedRows<'a> {
+    /// Rows: outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// What the integer product is multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The arrangement of the codes.
+    pub fn layout(&self) -> PackedLayout {
+        self.layout
+    }
+
+    /// The packed bytes of each panel of 32 rows, in order: [`PackedLayout::panel_bytes`] of them, aligned to 64.
+    pub(super) fn panels(&self) -> std::slice::ChunksExact<'a, u8> {
+        self.codes.chunks_exact(self.layout.panel_bytes(self.cols))
+    }
+}
+
+/// Decodes `rows` into `codes` (`[ROW_TILE, cols padded]`) as weight + 1. Padding rows and columns get weight 0.
+fn decode_panel<E>(
+    rows: Range<usize>,
+    cols: usize,
+    codes: &mut [i8],
+    decode_row: &(dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync),
+) -> Result<(), (usize, E)> {
+    for (index, codes) in codes.chunks_exact_mut(cols.next_multiple_of(COLUMN_TILE)).enumerate() {
+        codes.fill(0);
+        let row = rows.start + index;
+        if row < rows.end {
+            decode_row(row, &mut codes[..cols]).map_err(|error| (row, error))?;
+        }
+        let mut ternary = true;
+        for code in codes {
+            ternary &= (-1..=1).contains(code);
+            *code += 1;
+        }
+        assert!(ternary, "row {row} was decoded to something that is not ternary");
+    }
+    Ok(())
+}
+
+fn pack_panel_2bit(codes: &[i8], panel: &mut [u8]) {
+    let row_len = codes.len() / ROW_TILE;
+    for (row, codes) in codes.chunks_exact(row_len).enumerate() {
+        let tiles = panel.chunks_exact_mut(TILE_BYTES);
+        for (tile, columns) in tiles.zip(codes.as_chunks::<COLUMN_TILE>().0) {
+            let word = &mut tile[4 * row..4 * row + 4];
+            for (byte, packed) in word.iter_mut().enumerate() {
+                let pair = |plane: usize| columns[4 * plane + byte].cast_unsigned() << (2 * plane);
+                *packed = pair(0) | pair(1) | pair(2) | pair(3);
+            }
+        }
+    }
+}
+
+/// Zeroed memory, aligned to pages, that the system is asked to back by huge pages: weights are streamed through once a
+/// token, and misses in the translation tables would cost a sixth of the bandwidth.
+fn huge_pages(len: usize) -> MmapMut {
+    let memory = MmapMut::map_anon(len).expect("memory for packed weights");
+    #[cfg(target_os = "linux")]
+    if let Err(error) = memory.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "no huge pages for weights");
+    }
+    memory
+}

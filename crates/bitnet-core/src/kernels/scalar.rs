@@ -1,0 +1,54 @@
+//! The specification: readable, slow, always there, the oracle of every other kernel.
+
+use super::{
+    Isa, TernaryKernel,
+    packing::{COLUMN_TILE, PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+};
+use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+
+/// Plain Rust, one weight at a time.
+#[derive(Debug)]
+pub(super) struct Scalar;
+
+impl TernaryKernel for Scalar {
+    fn name(&self) -> &'static str {
+        "scalar"
+    }
+
+    fn layout(&self) -> PackedLayout {
+        PackedLayout::T32x2Bit
+    }
+
+    fn isa(&self) -> Isa {
+        Isa::BASELINE
+    }
+
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        super::check_gemv(w, x, out);
+        self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+    }
+
+    // out[token][row] = (sum over columns of weight * code as f32) / s[token] * scale
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        super::check_gemm(w, x, out);
+        for (panel_index, panel) in w.panels().enumerate() {
+            for row in 0..ROW_TILE.min(w.rows() - panel_index * ROW_TILE) {
+                for token in 0..x.num_tokens() {
+                    let codes = &x.codes(token)[..w.cols()];
+                    let sum: i32 =
+                        codes.iter().enumerate().map(|(col, &code)| weight(panel, row, col) * i32::from(code)).sum();
+                    out.row_mut(token)[panel_index * ROW_TILE + row] =
+                        super::epilogue(sum, x.scales()[token], w.scale());
+                }
+            }
+        }
+    }
+}
+
+/// The weight -1, 0 or +1 at `row` and `col` of a panel in layout T32.2.
+fn weight(panel: &[u8], row: usize, col: usize) -> i32 {
+    let (tile, col) = (col / COLUMN_TILE, col % COLUMN_TILE);
+    let (plane, byte) = (col / 4, col % 4);
+    let codes = panel[tile * TILE_BYTES + 4 * row + byte];
+    i32::from(codes >> (2 * plane) & 3) - 1
+}
