@@ -1,10 +1,39 @@
-//! Text <-> token ids, and incremental decoding that never emits half a character. Stub.
+//! Text <-> token ids, and incremental decoding that never emits half a character.
+//!
+//! The `tokenizers` crate does the splitting and merging; this room builds its parts from a `tokenizer.json` (`json.rs`)
+//! or from the vocabulary of a GGUF file (`gguf.rs`), checked so that no file can make the crate panic, and keeps the
+//! exact bytes of every token (`token_table.rs`). It knows tokens and text, not models, prompts or templates.
+
+mod gguf;
+mod incremental;
+mod json;
+mod parts;
+mod token_table;
+
+pub use incremental::IncrementalDecoder;
+
+use tokenizers::{
+    AddedToken, AddedVocabulary, Encoding, Model as _, NormalizerWrapper, OffsetType, PostProcessor as _,
+    PostProcessorWrapper, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper, models::bpe::BPE,
+};
 
 use crate::{checkpoint::TokenizerSource, ids::TokenId};
+use parts::Parts;
+use token_table::TokenTable;
 
 /// A tokenizer, immutable and shared.
-#[derive(Debug)]
-pub struct Tokenizer {}
+pub struct Tokenizer {
+    normalizer: Option<NormalizerWrapper>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+    model: BPE,
+    post_processor: Option<PostProcessorWrapper>,
+    /// Finds special and user-defined tokens in a text.
+    added: AddedVocabulary,
+    /// The same, blind to special tokens.
+    added_plain: AddedVocabulary,
+    table: TokenTable,
+    bos: Option<TokenId>,
+}
 
 /// How a text is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,18 +61,21 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Invalid`].
     pub fn from_source(source: &TokenizerSource) -> Result<Self, TokenizerError> {
-        let _ = source;
-        unimplemented!()
+        let parts = match source {
+            TokenizerSource::HuggingFace { json, .. } => json::parse(json)?,
+            TokenizerSource::Gguf(vocabulary) => gguf::build(vocabulary)?,
+        };
+        Self::from_parts(parts)
     }
 
-    /// Number of ids it knows.
+    /// Number of ids it knows: the largest id plus one.
     pub fn vocab_size(&self) -> usize {
-        unimplemented!()
+        self.table.len()
     }
 
     /// Beginning-of-sequence token, if prompts start with one.
     pub fn bos(&self) -> Option<TokenId> {
-        unimplemented!()
+        self.bos
     }
 
     /// Text -> ids.
@@ -51,55 +83,130 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Encode`].
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<TokenId>, TokenizerError> {
-        let _ = (text, options);
-        unimplemented!()
+        let added = if options.parse_special { &self.added } else { &self.added_plain };
+        let pieces = added.extract_and_normalize(self.normalizer.as_ref(), text);
+        self.encode_pieces(pieces, options.add_special_tokens)
+    }
+
+    /// Text -> ids, special tokens read as such, where characters of the text stand in for others: each `(stand_in,
+    /// original)` takes its place back only after the special tokens were found. So a text that writes `<|eot_id|>` with
+    /// a stand-in for its first character keeps it as plain text, and everything else tokenizes as if nothing had been
+    /// replaced. Stand-ins should be private-use characters, which no normalizer touches.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`].
+    pub fn encode_with_stand_ins(
+        &self,
+        text: &str,
+        stand_ins: &[(char, char)],
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, TokenizerError> {
+        let original =
+            |c: char| stand_ins.iter().find(|(stand_in, _)| *stand_in == c).map_or(c, |(_, original)| *original);
+        let mut pieces = self.added.extract_and_normalize(self.normalizer.as_ref(), text);
+        let restored = pieces.normalize(|piece| {
+            piece.map(original);
+            Ok(())
+        });
+        restored.map_err(encode_error)?;
+        self.encode_pieces(pieces, add_special_tokens)
     }
 
     /// Ids -> text; bytes that are no UTF-8 become U+FFFD. Unknown ids decode to nothing.
     pub fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
-        let _ = (ids, skip_special);
-        unimplemented!()
+        let mut decoder = IncrementalDecoder::new(skip_special);
+        let mut text: String = ids.iter().map(|&id| decoder.push(self, id)).collect();
+        text.push_str(&decoder.finish());
+        text
     }
 
     /// The exact bytes token `id` stands for (special tokens: their text; unknown ids: nothing).
     pub fn token_bytes(&self, id: TokenId) -> &[u8] {
-        let _ = id;
-        unimplemented!()
+        self.table.bytes(id)
     }
 
     /// Whether `id` is a special (control) token, which output text leaves out.
     pub fn is_special(&self, id: TokenId) -> bool {
-        let _ = id;
-        unimplemented!()
+        self.table.is_special(id)
     }
 
     /// The id whose text is exactly `token`.
     pub fn token_id(&self, token: &str) -> Option<TokenId> {
-        let _ = token;
-        unimplemented!()
+        self.added.token_to_id(token, &self.model).map(TokenId)
+    }
+
+    /// The texts that [`Self::encode`] reads as special tokens, in no particular order.
+    pub fn special_texts(&self) -> impl Iterator<Item = &str> {
+        self.added.get_added_tokens_decoder().values().filter(|token| token.special).map(|token| token.content.as_str())
+    }
+
+    /// Whether a text's leading space is an artefact of encoding (SentencePiece), which decoding takes away.
+    fn drops_leading_space(&self) -> bool {
+        self.table.drops_leading_space()
+    }
+
+    fn from_parts(parts: Parts) -> Result<Self, TokenizerError> {
+        let added = added_vocabulary(&parts)?;
+        let mut added_plain = added.clone();
+        added_plain.set_encode_special_tokens(true);
+        let mut tokenizer = Self {
+            normalizer: parts.normalizer,
+            pre_tokenizer: parts.pre_tokenizer,
+            model: parts.model,
+            post_processor: parts.post_processor,
+            added,
+            added_plain,
+            table: parts.table,
+            bos: None,
+        };
+        // What an empty prompt becomes is what every prompt starts with.
+        let options = EncodeOptions { add_special_tokens: true, parse_special: false };
+        tokenizer.bos = tokenizer.encode("", options)?.first().copied();
+        Ok(tokenizer)
+    }
+
+    fn encode_pieces(
+        &self,
+        mut pieces: PreTokenizedString,
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, TokenizerError> {
+        if let Some(pre_tokenizer) = &self.pre_tokenizer {
+            pre_tokenizer.pre_tokenize(&mut pieces).map_err(encode_error)?;
+        }
+        self.model.tokenize_in_pretokenized(&mut pieces, None).map_err(encode_error)?;
+        let mut encoding: Encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(encode_error)?;
+        if let Some(post_processor) = &self.post_processor {
+            encoding = post_processor.process(encoding, None, add_special_tokens).map_err(encode_error)?;
+        }
+        Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 }
 
-/// Turns a stream of ids into text, holding back bytes until they are whole characters; what can never become one is
-/// U+FFFD. The concatenation of all pushes and the finish equals [`Tokenizer::decode`] of all ids.
-#[derive(Debug)]
-pub struct IncrementalDecoder {}
-
-impl IncrementalDecoder {
-    /// A decoder at the start of an output.
-    pub fn new(skip_special: bool) -> Self {
-        let _ = skip_special;
-        unimplemented!()
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos)
+            .finish_non_exhaustive()
     }
+}
 
-    /// The text that token `id` completes.
-    pub fn push(&mut self, tokenizer: &Tokenizer, id: TokenId) -> String {
-        let _ = (tokenizer, id);
-        unimplemented!()
-    }
+/// The crate numbers added tokens itself unless its model knows them; a model of nothing but those tokens makes it keep
+/// the ids of the file.
+fn added_vocabulary(parts: &Parts) -> Result<AddedVocabulary, TokenizerError> {
+    let ids = parts.added.iter().map(|(id, token)| (token.content.clone(), id.0)).collect();
+    let numbering =
+        BPE::builder().vocab_and_merges::<tokenizers::models::bpe::Vocab>(ids, vec![]).build().map_err(invalid)?;
+    let tokens: Vec<AddedToken> = parts.added.iter().map(|(_, token)| token.clone()).collect();
+    let mut added = AddedVocabulary::new();
+    added.add_tokens(tokens, &numbering, parts.normalizer.as_ref()).map_err(invalid)?;
+    Ok(added)
+}
 
-    /// What is left at the end: U+FFFD for an incomplete character, else nothing.
-    pub fn finish(&mut self) -> String {
-        unimplemented!()
-    }
+fn invalid(error: impl std::fmt::Display) -> TokenizerError {
+    TokenizerError::Invalid(error.to_string())
+}
+
+fn encode_error(error: tokenizers::Error) -> TokenizerError {
+    TokenizerError::Encode(error.to_string())
 }
