@@ -1,0 +1,382 @@
+//! Causal attention with grouped query heads over the paged cache, in an order of operations that depends on positions
+//! alone.
+//!
+//! Per (query, head), with `p` ranging over the visible positions `0..=position`:
+//!
+//! ```text
+//! score[p] = (sum over d of q[d] * K[p][d]) * head_dim^-0.5        sequential fused multiply-add over d
+//! per partition of 256 absolute positions:
+//!     m = max(score), weight[p] = exp(score[p] - m)
+//!     l = sum(weight) in 16 lanes by p mod 16, then the tree       acc = sum of weight[p] * V[p], p ascending, fma
+//! partitions ascending:  m' = max(m, m_i), a = exp(m - m'), b = exp(m_i - m'),  l = l a + l_i b,  acc = acc a + acc_i b
+//! out = acc / l
+//! ```
+//!
+//! What differs in the code, and changes no bit: a unit of work is up to 8 rows of one sequence times the query heads of one
+//! K/V head, so that a block is decoded once for all of them; scores are computed for the 16 positions of a block side by
+//! side. Invisible positions may be scored, but their scores and values are never used: a reused block may hold NaN.
+
+use std::ops::Range;
+
+use super::{
+    batch::{Batch, QuerySpan, Row},
+    phases::Phases,
+};
+use crate::{
+    checkpoint::ModelConfig,
+    ids::BlockId,
+    kernels::{
+        FloatOp,
+        math::{self, LANES},
+    },
+    kv_cache::{BLOCK_TOKENS, KvCache},
+    threads::{SharedRows, Worker},
+};
+
+/// Absolute positions whose scores share one maximum.
+const PARTITION: usize = 256;
+/// Queries scored together: they share each load of a key.
+const QUERY_TILE: usize = 4;
+
+/// Rounds and stores `k` and `v` (`[num_rows, num_kv_heads, head_dim]`) of every row.
+pub(super) fn store(phases: &mut Phases<'_>, kv: &mut KvCache, layer: usize, rows: &[Row], k: &[f32], v: &[f32]) {
+    phases.isa().run(Store { kv, layer, rows, k, v });
+}
+
+/// `out = attention(q, cache)`; both `[num_rows, num_heads, head_dim]`. `scratch`: [`scratch_len`] values a worker.
+pub(super) fn attend(
+    phases: &mut Phases<'_>,
+    kv: &KvCache,
+    layer: usize,
+    batch: &Batch,
+    q: &[f32],
+    out: &mut [f32],
+    scratch: &mut [f32],
+) {
+    let geometry = kv.geometry();
+    let (isa, num_kv_heads, head_dim) = (phases.isa(), geometry.num_kv_heads, geometry.head_dim);
+    let group_width = q.len() / phases.num_rows / num_kv_heads;
+    let scratch_len = scratch.len() / phases.pool.num_threads();
+    // out: [num_rows * num_kv_heads, group_width]
+    let out = SharedRows::new(out, group_width);
+    let scratch = SharedRows::new(scratch, scratch_len);
+    phases.pool.run(&|worker| {
+        let scratch = scratch.claim(worker.index()..worker.index() + 1);
+        for (span, head) in share_of(worker, batch.spans(), num_kv_heads) {
+            let unit = Unit { kv, layer, head, head_dim, group: group_width / head_dim, blocks: batch.blocks(span), span, q };
+            isa.run(Attend { unit, out: &out, scratch: &mut *scratch });
+        }
+    });
+}
+
+/// Values of scratch memory one worker needs.
+pub(super) fn scratch_len(config: &ModelConfig) -> usize {
+    let max_queries = QuerySpan::MAX_ROWS * (config.num_heads / config.num_kv_heads);
+    let padded = config.head_dim.next_multiple_of(LANES);
+    BLOCK_TOKENS * padded + max_queries * (PARTITION + 2 * padded + 2 * 2)
+}
+
+/// The worker's units of work (span, K/V head), balanced by visible positions: a unit belongs to the worker in whose equal
+/// share of the total cost its middle lies.
+fn share_of<'a>(
+    worker: &Worker,
+    spans: &'a [QuerySpan],
+    num_kv_heads: usize,
+) -> impl Iterator<Item = (&'a QuerySpan, usize)> {
+    let cost = |span: &QuerySpan| span.rows.len() * (span.start + span.rows.len());
+    let total: usize = spans.iter().map(cost).sum::<usize>() * num_kv_heads;
+    let (index, num_threads) = (worker.index(), worker.num_threads());
+    let mut before = 0;
+    let units = spans.iter().flat_map(move |span| (0..num_kv_heads).map(move |head| (span, head)));
+    units.filter(move |(span, _)| {
+        let middle = 2 * before + cost(span);
+        before += cost(span);
+        middle * num_threads / (2 * total) == index
+    })
+}
+
+struct Store<'a> {
+    kv: &'a mut KvCache,
+    layer: usize,
+    rows: &'a [Row],
+    k: &'a [f32],
+    v: &'a [f32],
+}
+
+impl FloatOp for Store<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let width = self.k.len() / self.rows.len();
+        let values = self.k.chunks_exact(width).zip(self.v.chunks_exact(width));
+        for (row, (k, v)) in self.rows.iter().zip(values) {
+            self.kv.write(row.block, self.layer, row.position, k, v);
+        }
+    }
+}
+
+/// A few rows of one sequence times the query heads that share one K/V head.
+struct Unit<'a> {
+    kv: &'a KvCache,
+    layer: usize,
+    head: usize,
+    head_dim: usize,
+    /// Query heads per K/V head.
+    group: usize,
+    blocks: &'a [BlockId],
+    span: &'a QuerySpan,
+    /// `[num_rows, num_heads, head_dim]` of the whole step.
+    q: &'a [f32],
+}
+
+struct Attend<'a> {
+    unit: Unit<'a>,
+    out: &'a SharedRows<'a, f32>,
+    scratch: &'a mut [f32],
+}
+
+/// Scratch memory of one unit; a query is (row, query head), rows outermost.
+struct Scratch<'a> {
+    /// One decoded block of keys or values.
+    tile: &'a mut [f32],
+    /// `[num_queries, PARTITION]`
+    scores: &'a mut [f32],
+    /// The running sums, and those of the current partition: `[num_queries, padded head_dim]`.
+    total: &'a mut [f32],
+    partial: &'a mut [f32],
+    /// The same of maximum and sum of weights: `[num_queries, 2]`.
+    total_softmax: &'a mut [[f32; 2]],
+    partial_softmax: &'a mut [[f32; 2]],
+}
+
+impl FloatOp for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { unit, out, scratch } = self;
+        let mut scratch = Scratch::split(scratch, unit.num_queries(), unit.head_dim.next_multiple_of(LANES));
+        scratch.total.fill(0.0);
+        scratch.total_softmax.fill([f32::NEG_INFINITY, 0.0]);
+        for start in (0..unit.end()).step_by(PARTITION) {
+            unit.score(start, &mut scratch);
+            unit.softmax(start, &mut scratch);
+            unit.weigh(start, &mut scratch);
+            unit.combine(start, &mut scratch);
+        }
+        unit.finish(&scratch, out);
+    }
+}
+
+impl Unit<'_> {
+    fn num_queries(&self) -> usize {
+        self.span.rows.len() * self.group
+    }
+
+    /// One past the last position any query sees.
+    fn end(&self) -> usize {
+        self.span.start + self.span.rows.len()
+    }
+
+    /// Positions of the partition at `start` that `query` sees.
+    #[inline(always)]
+    fn num_visible(&self, query: usize, start: usize) -> usize {
+        (self.span.start + query / self.group + 1).saturating_sub(start).min(PARTITION)
+    }
+
+    /// The queries that see position `position`: all from some row on.
+    #[inline(always)]
+    fn queries_from(&self, position: usize) -> Range<usize> {
+        position.saturating_sub(self.span.start) * self.group..self.num_queries()
+    }
+
+    /// `[head_dim]`
+    #[inline(always)]
+    fn query(&self, query: usize) -> &[f32] {
+        let width = self.q.len() / self.num_rows();
+        let row = self.span.rows.start + query / self.group;
+        &self.q[row * width + (self.head * self.group + query % self.group) * self.head_dim..][..self.head_dim]
+    }
+
+    /// Calls `visit` with each visible block of the partition at `start`, and where in the partition it begins.
+    #[inline(always)]
+    fn for_each_block(&self, start: usize, mut visit: impl FnMut(BlockId, usize)) {
+        let end = self.end().min(start + PARTITION);
+        for position in (start..end).step_by(BLOCK_TOKENS) {
+            visit(self.blocks[position / BLOCK_TOKENS], position - start);
+        }
+    }
+
+    /// Scores of the partition at `start`: `scores[query][position - start]`.
+    #[inline(always)]
+    fn score(&self, start: usize, scratch: &mut Scratch<'_>) {
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        self.for_each_block(start, |block, offset| {
+            let keys = &mut scratch.tile[..self.head_dim * BLOCK_TOKENS];
+            self.kv.keys(block, self.layer, self.head).decode(keys);
+            let keys = keys.as_chunks().0;
+            let Range { start: first, end } = self.queries_from(start + offset);
+            let tiles_end = end - (end - first) % QUERY_TILE;
+            for query in (first..tiles_end).step_by(QUERY_TILE) {
+                let queries = std::array::from_fn::<_, QUERY_TILE, _>(|i| self.query(query + i));
+                store_scores(dot_keys(queries, keys), scale, &mut scratch.scores[query * PARTITION + offset..]);
+            }
+            for query in tiles_end..end {
+                store_scores(dot_keys([self.query(query)], keys), scale, &mut scratch.scores[query * PARTITION + offset..]);
+            }
+        });
+    }
+
+    /// Scores -> weights, with their maximum and sum.
+    #[inline(always)]
+    fn softmax(&self, start: usize, scratch: &mut Scratch<'_>) {
+        let queries = scratch.scores.chunks_exact_mut(PARTITION).zip(scratch.partial_softmax.iter_mut());
+        for (query, (scores, softmax)) in queries.enumerate().skip(self.queries_from(start).start) {
+            let (visible, rest) = scores.split_at_mut(self.num_visible(query, start));
+            let max = max_16(visible);
+            for score in visible.iter_mut() {
+                *score = math::exp(*score - max);
+            }
+            // The sum goes lane by lane over whole blocks: what is not visible adds nothing.
+            let padding = visible.len().next_multiple_of(LANES) - visible.len();
+            rest[..padding].fill(0.0);
+            let num_padded = visible.len() + padding;
+            *softmax = [max, sum_16(&scores[..num_padded])];
+        }
+    }
+
+    /// `partial[query] = sum of weight * V` over the partition's visible positions.
+    #[inline(always)]
+    fn weigh(&self, start: usize, scratch: &mut Scratch<'_>) {
+        let padded = scratch.tile.len() / BLOCK_TOKENS;
+        scratch.partial.fill(0.0);
+        self.for_each_block(start, |block, offset| {
+            self.kv.values(block, self.layer, self.head).decode(scratch.tile);
+            for query in self.queries_from(start + offset) {
+                let num_visible = (self.num_visible(query, start) - offset).min(BLOCK_TOKENS);
+                let weights = &scratch.scores[query * PARTITION + offset..][..num_visible];
+                add_weighted(weights, scratch.tile, &mut scratch.partial[query * padded..][..padded]);
+            }
+        });
+    }
+
+    /// Adds the partition at `start` to the running sums.
+    #[inline(always)]
+    fn combine(&self, start: usize, scratch: &mut Scratch<'_>) {
+        let padded = scratch.tile.len() / BLOCK_TOKENS;
+        for query in self.queries_from(start) {
+            let [max, sum] = scratch.total_softmax[query];
+            let [partial_max, partial_sum] = scratch.partial_softmax[query];
+            let new_max = max.max(partial_max);
+            let (a, b) = (math::exp(max - new_max), math::exp(partial_max - new_max));
+            scratch.total_softmax[query] = [new_max, sum * a + partial_sum * b];
+            let total = &mut scratch.total[query * padded..][..padded];
+            for (total, partial) in total.iter_mut().zip(&scratch.partial[query * padded..][..padded]) {
+                *total = *total * a + partial * b;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&self, scratch: &Scratch<'_>, out: &SharedRows<'_, f32>) {
+        let padded = scratch.tile.len() / BLOCK_TOKENS;
+        let num_kv_heads = self.kv.geometry().num_kv_heads;
+        for (index, row) in self.span.rows.clone().enumerate() {
+            let cell = row * num_kv_heads + self.head;
+            for (i, out) in out.claim(cell..cell + 1).chunks_exact_mut(self.head_dim).enumerate() {
+                let query = index * self.group + i;
+                let sum = scratch.total_softmax[query][1];
+                for (out, total) in out.iter_mut().zip(&scratch.total[query * padded..]) {
+                    *out = total / sum;
+                }
+            }
+        }
+    }
+
+    fn num_rows(&self) -> usize {
+        self.q.len() / (self.kv.geometry().num_kv_heads * self.group * self.head_dim)
+    }
+}
+
+impl<'a> Scratch<'a> {
+    fn split(scratch: &'a mut [f32], num_queries: usize, padded: usize) -> Self {
+        let (tile, rest) = scratch.split_at_mut(BLOCK_TOKENS * padded);
+        let (scores, rest) = rest.split_at_mut(num_queries * PARTITION);
+        let (total, rest) = rest.split_at_mut(num_queries * padded);
+        let (partial, rest) = rest.split_at_mut(num_queries * padded);
+        let (total_softmax, rest) = rest.as_chunks_mut().0.split_at_mut(num_queries);
+        Self { tile, scores, total, partial, total_softmax, partial_softmax: &mut rest[..num_queries] }
+    }
+}
+
+/// `N` queries times the keys of a block (`[head_dim][16]`).
+#[inline(always)]
+fn dot_keys<const N: usize>(queries: [&[f32]; N], keys: &[[f32; BLOCK_TOKENS]]) -> [[f32; BLOCK_TOKENS]; N] {
+    let queries = queries.map(|query| &query[..keys.len()]);
+    let mut sums = [[0.0f32; BLOCK_TOKENS]; N];
+    for (d, key) in keys.iter().enumerate() {
+        for (sums, query) in sums.iter_mut().zip(queries) {
+            for (sum, key) in sums.iter_mut().zip(key) {
+                *sum = query[d].mul_add(*key, *sum);
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn store_scores<const N: usize>(sums: [[f32; BLOCK_TOKENS]; N], scale: f32, scores: &mut [f32]) {
+    for (sums, scores) in sums.into_iter().zip(scores.chunks_mut(PARTITION)) {
+        scores[..BLOCK_TOKENS].copy_from_slice(&sums.map(|sum| sum * scale));
+    }
+}
+
+/// `acc += weights[t] * values[t]`, t ascending. `values: [16][acc.len()]`
+#[inline(always)]
+fn add_weighted(weights: &[f32], values: &[f32], acc: &mut [f32]) {
+    let width = acc.len();
+    let (wide, narrow) = acc.as_chunks_mut::<{ 4 * LANES }>();
+    let narrow_start = wide.len() * 4 * LANES;
+    for (i, acc) in wide.iter_mut().enumerate() {
+        add_weighted_columns(weights, &values[i * 4 * LANES..], width, acc);
+    }
+    for (i, acc) in narrow.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        add_weighted_columns(weights, &values[narrow_start + i * LANES..], width, acc);
+    }
+}
+
+#[inline(always)]
+fn add_weighted_columns<const N: usize>(weights: &[f32], values: &[f32], stride: usize, acc: &mut [f32; N]) {
+    let mut sums = *acc;
+    for (weight, values) in weights.iter().zip(values.chunks(stride)) {
+        let values = values.first_chunk::<N>().expect("a whole row of values");
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum = weight.mul_add(*value, *sum);
+        }
+    }
+    *acc = sums;
+}
+
+/// The largest value, NaN left out.
+#[inline(always)]
+fn max_16(values: &[f32]) -> f32 {
+    let larger = |max: &mut f32, value: &f32| *max = if *value > *max { *value } else { *max };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (steps, tail) = values.as_chunks::<LANES>();
+    for step in steps {
+        lanes.iter_mut().zip(step).for_each(|(max, value)| larger(max, value));
+    }
+    lanes.iter_mut().zip(tail).for_each(|(max, value)| larger(max, value));
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The sum of whole blocks, by lanes and the tree.
+#[inline(always)]
+fn sum_16(values: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for step in values.as_chunks::<LANES>().0 {
+        lanes.iter_mut().zip(step).for_each(|(sum, value)| *sum += value);
+    }
+    math::lane_tree(&lanes)
+}

@@ -1,0 +1,136 @@
+//! RMSNorm, and the quantization of its result for the linear layers that follow.
+
+use super::phases::Phases;
+use crate::{
+    kernels::{FloatOp, math},
+    quant::activation::{ActivationBuffer, ActivationRows},
+    threads::SharedRows,
+};
+
+/// The weights of one RMSNorm.
+#[derive(Clone, Copy)]
+pub(super) struct RmsNorm<'a> {
+    pub(super) weight: &'a [f32],
+    pub(super) eps: f32,
+}
+
+impl RmsNorm<'_> {
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`
+    #[inline(always)]
+    pub(super) fn apply(&self, x: &[f32], out: &mut [f32]) {
+        let inverse = self.inverse_rms(x);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
+            *out = x * inverse * weight;
+        }
+    }
+
+    /// As [`RmsNorm::apply`], in place.
+    #[inline(always)]
+    pub(super) fn apply_in_place(&self, x: &mut [f32]) {
+        let inverse = self.inverse_rms(x);
+        for (x, weight) in x.iter_mut().zip(self.weight) {
+            *x = *x * inverse * weight;
+        }
+    }
+
+    #[inline(always)]
+    fn inverse_rms(&self, x: &[f32]) -> f32 {
+        1.0 / (math::sum_squares_16(x) / x.len() as f32 + self.eps).sqrt()
+    }
+}
+
+/// `normed = norm(x)`, and its codes into `quantized`. All are `[num_rows, width]`.
+pub(super) fn normalize(
+    phases: &mut Phases<'_>,
+    norm: RmsNorm<'_>,
+    x: &[f32],
+    normed: &mut [f32],
+    quantized: &mut ActivationBuffer,
+) {
+    let width = norm.weight.len();
+    let (isa, shared) = (phases.isa(), quantized.shared(phases.num_rows));
+    let normed = SharedRows::new(normed, width);
+    phases.over_rows(&|rows| {
+        let x = &x[rows.start * width..rows.end * width];
+        isa.run(Normalize { norm, x, normed: normed.claim(rows.clone()), quantized: shared.claim(rows) });
+    });
+}
+
+/// Codes of `x` (`[num_rows, width]`) into `quantized`, after `norm` in place when there is one.
+pub(super) fn normalize_in_place(
+    phases: &mut Phases<'_>,
+    norm: Option<RmsNorm<'_>>,
+    x: &mut [f32],
+    quantized: &mut ActivationBuffer,
+) {
+    let width = x.len() / phases.num_rows;
+    let (isa, shared) = (phases.isa(), quantized.shared(phases.num_rows));
+    let x = SharedRows::new(x, width);
+    phases.over_rows(&|rows| {
+        isa.run(NormalizeInPlace { norm, width, x: x.claim(rows.clone()), quantized: shared.claim(rows) });
+    });
+}
+
+struct Normalize<'a> {
+    norm: RmsNorm<'a>,
+    x: &'a [f32],
+    normed: &'a mut [f32],
+    quantized: ActivationRows<'a>,
+}
+
+impl FloatOp for Normalize<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(mut self) {
+        let width = self.norm.weight.len();
+        for (row, (x, out)) in self.x.chunks_exact(width).zip(self.normed.chunks_exact_mut(width)).enumerate() {
+            self.norm.apply(x, out);
+            self.quantized.quantize_row(row, out);
+        }
+    }
+}
+
+struct NormalizeInPlace<'a> {
+    norm: Option<RmsNorm<'a>>,
+    width: usize,
+    x: &'a mut [f32],
+    quantized: ActivationRows<'a>,
+}
+
+impl FloatOp for NormalizeInPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(mut self) {
+        for (row, x) in self.x.chunks_exact_mut(self.width).enumerate() {
+            if let Some(norm) = &self.norm {
+                norm.apply_in_place(x);
+            }
+            self.quantized.quantize_row(row, x);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divides_by_the_root_mean_square_and_multiplies_by_the_weight() {
+        let norm = RmsNorm { weight: &[1.0, 2.0, -1.0, 0.5], eps: 0.0 };
+        let mut out = [0.0; 4];
+        norm.apply(&[3.0, -3.0, 3.0, -3.0], &mut out);
+        assert_eq!(out, [1.0, -2.0, -1.0, -0.5]);
+        let mut x = [3.0, -3.0, 3.0, -3.0];
+        norm.apply_in_place(&mut x);
+        assert_eq!(x, out);
+    }
+
+    #[test]
+    fn epsilon_keeps_a_zero_row_at_zero() {
+        let mut x = [0.0; 20];
+        RmsNorm { weight: &[1.0; 20], eps: 1e-5 }.apply_in_place(&mut x);
+        assert_eq!(x, [0.0; 20]);
+    }
+}

@@ -1,0 +1,159 @@
+//! A [`Checkpoint`]'s weights made ready: every linear layer repacked for one kernel, embedding and head still mapped.
+
+use crate::{
+    checkpoint::{Checkpoint, DenseMatrix, LayerTensors, LoadError, ModelConfig, TernaryTensor},
+    kernels::{TernaryKernel, packing::PackedTernary},
+    threads::WorkerPool,
+};
+
+use super::rope::Rope;
+
+/// Immutable weights, repacked for one kernel, and the geometry.
+pub struct Model {
+    pub(super) config: ModelConfig,
+    pub(super) kernel: &'static dyn TernaryKernel,
+    pub(super) rope: Rope,
+    pub(super) embedding: DenseMatrix,
+    pub(super) layers: Vec<Layer>,
+    pub(super) output_norm: Vec<f32>,
+    /// `None` when the head is the embedding.
+    pub(super) head: Option<DenseMatrix>,
+}
+
+/// The weights of one layer; shapes as in [`LayerTensors`].
+pub(super) struct Layer {
+    pub(super) attn_norm: Vec<f32>,
+    pub(super) q: PackedTernary,
+    pub(super) k: PackedTernary,
+    pub(super) v: PackedTernary,
+    pub(super) attn_sub_norm: Option<Vec<f32>>,
+    pub(super) o: PackedTernary,
+    pub(super) ffn_norm: Vec<f32>,
+    pub(super) gate: PackedTernary,
+    pub(super) up: PackedTernary,
+    pub(super) ffn_sub_norm: Option<Vec<f32>>,
+    pub(super) down: PackedTernary,
+}
+
+/// What the model's weights take in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Anonymous memory: repacked ternary weights, norms, tables.
+    pub resident: usize,
+    /// Bytes of the file mapping that stay in use (embedding and head rows).
+    pub mapped: usize,
+}
+
+impl Model {
+    /// Repacks every ternary tensor of `checkpoint` for `kernel`, in parallel on `pool`, releasing the file's pages on the
+    /// way. `progress(done, total)` is called with weights repacked so far.
+    ///
+    /// # Errors
+    /// When the file holds an invalid code or a weight that is not finite.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        kernel: &'static dyn TernaryKernel,
+        pool: &mut WorkerPool,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self, LoadError> {
+        let weights = &checkpoint.weights;
+        let total = weights.layers.iter().flat_map(linears).map(num_weights).sum();
+        let mut repacker = Repacker { kernel, pool, progress, done: 0, total };
+        progress(0, total);
+        Ok(Self {
+            kernel,
+            rope: Rope::new(&checkpoint.config),
+            embedding: weights.token_embedding.clone(),
+            layers: weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<_, _>>()?,
+            output_norm: weights.output_norm.clone(),
+            head: weights.lm_head.clone(),
+            config: checkpoint.config.clone(),
+        })
+    }
+
+    /// Geometry.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Name of the kernel in use.
+    pub fn kernel_name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    /// Memory of the weights.
+    pub fn weight_bytes(&self) -> WeightBytes {
+        let layers: usize = self.layers.iter().map(Layer::bytes).sum();
+        let head = self.head.as_ref().map_or(0, |head| head.data.bytes().len());
+        WeightBytes {
+            resident: layers + size_of_val(self.output_norm.as_slice()) + self.rope.bytes(),
+            mapped: self.embedding.data.bytes().len() + head,
+        }
+    }
+
+    /// The matrix that turns hidden states into logits.
+    pub(super) fn head(&self) -> &DenseMatrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("config", &self.config).field("kernel", &self.kernel.name()).finish_non_exhaustive()
+    }
+}
+
+impl Layer {
+    fn bytes(&self) -> usize {
+        let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
+        let sub_norms = self.attn_sub_norm.iter().chain(&self.ffn_sub_norm);
+        let norms = [&self.attn_norm, &self.ffn_norm].into_iter().chain(sub_norms);
+        linears.map(PackedTernary::bytes).iter().sum::<usize>() + norms.map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
+    }
+}
+
+/// Repacks tensors one after the other, each by all workers, and counts.
+struct Repacker<'a> {
+    kernel: &'static dyn TernaryKernel,
+    pool: &'a mut WorkerPool,
+    progress: &'a (dyn Fn(u64, u64) + Sync),
+    done: u64,
+    total: u64,
+}
+
+impl Repacker<'_> {
+    fn layer(&mut self, layer: &LayerTensors) -> Result<Layer, LoadError> {
+        Ok(Layer {
+            attn_norm: layer.attn_norm.clone(),
+            q: self.tensor(&layer.q)?,
+            k: self.tensor(&layer.k)?,
+            v: self.tensor(&layer.v)?,
+            attn_sub_norm: layer.attn_sub_norm.clone(),
+            o: self.tensor(&layer.o)?,
+            ffn_norm: layer.ffn_norm.clone(),
+            gate: self.tensor(&layer.gate)?,
+            up: self.tensor(&layer.up)?,
+            ffn_sub_norm: layer.ffn_sub_norm.clone(),
+            down: self.tensor(&layer.down)?,
+        })
+    }
+
+    fn tensor(&mut self, tensor: &TernaryTensor) -> Result<PackedTernary, LoadError> {
+        let reader = tensor.reader()?;
+        let decode_row = |row: usize, codes: &mut [i8]| reader.decode_row(row, codes);
+        let (layout, scale) = (self.kernel.layout(), reader.scale());
+        let packed = PackedTernary::pack(tensor.rows, tensor.cols, scale, layout, self.pool, &decode_row)?;
+        tensor.release();
+        self.done += num_weights(tensor);
+        (self.progress)(self.done, self.total);
+        Ok(packed)
+    }
+}
+
+fn linears(layer: &LayerTensors) -> [&TernaryTensor; 7] {
+    [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down]
+}
+
+fn num_weights(tensor: &TernaryTensor) -> u64 {
+    tensor.rows as u64 * tensor.cols as u64
+}

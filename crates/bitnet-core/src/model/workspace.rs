@@ -1,0 +1,152 @@
+//! Scratch memory of the forward pass, allocated once.
+
+use super::{Model, attention};
+use crate::{
+    checkpoint::ModelConfig,
+    quant::activation::ActivationBuffer,
+    threads::WorkerPool,
+};
+
+/// Scratch memory of the forward pass, allocated once, and the worker pool that runs it.
+#[derive(Debug)]
+pub struct Workspace {
+    pub(super) pool: WorkerPool,
+    pub(super) buffers: Buffers,
+    /// Rows of `buffers.normed` that hold final hidden states.
+    pub(super) num_logit_rows: usize,
+    config: ModelConfig,
+    max_batch_tokens: usize,
+    max_context: usize,
+}
+
+/// Activations of a step; the first dimension is `max_batch_tokens` unless it says otherwise. Pages are zero and untouched
+/// until a step is large enough to need them.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// The residual stream, `[hidden_size]`.
+    pub(super) x: Vec<f32>,
+    /// `[hidden_size]`; after a step the final hidden states of the rows that want logits.
+    pub(super) normed: Vec<f32>,
+    /// Input of the next linear layer.
+    pub(super) quantized: ActivationBuffer,
+    /// Cosines and sines, `[head_dim]`.
+    pub(super) angles: Vec<f32>,
+    /// `[num_heads, head_dim]`
+    pub(super) q: Vec<f32>,
+    /// `[num_kv_heads, head_dim]`
+    pub(super) k: Vec<f32>,
+    /// `[num_kv_heads, head_dim]`
+    pub(super) v: Vec<f32>,
+    /// `[num_heads, head_dim]`
+    pub(super) attended: Vec<f32>,
+    /// What a block adds to the residual stream, `[hidden_size]`.
+    pub(super) projected: Vec<f32>,
+    /// `[intermediate_size]`
+    pub(super) gate: Vec<f32>,
+    /// `[intermediate_size]`
+    pub(super) up: Vec<f32>,
+    /// `[num_threads, attention::scratch_len]`
+    pub(super) attention: Vec<f32>,
+    /// One decoded row of the head a thread, `[num_threads, hidden_size]`.
+    pub(super) head_row: Vec<f32>,
+    /// `[MAX_LOGIT_ROWS, vocab_size]`
+    pub(super) logits: Vec<f32>,
+}
+
+/// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
+pub(super) struct StepBuffers<'a> {
+    pub(super) x: &'a mut [f32],
+    pub(super) normed: &'a mut [f32],
+    pub(super) quantized: &'a mut ActivationBuffer,
+    pub(super) angles: &'a mut [f32],
+    pub(super) q: &'a mut [f32],
+    pub(super) k: &'a mut [f32],
+    pub(super) v: &'a mut [f32],
+    pub(super) attended: &'a mut [f32],
+    pub(super) projected: &'a mut [f32],
+    pub(super) gate: &'a mut [f32],
+    pub(super) up: &'a mut [f32],
+    /// All of it, whatever the rows.
+    pub(super) attention: &'a mut [f32],
+}
+
+impl Workspace {
+    /// The most rows one call of [`Model::logits`] scores.
+    pub const MAX_LOGIT_ROWS: usize = 8;
+
+    /// Scratch for batches of at most `max_batch_tokens` rows and `max_context` positions.
+    pub fn new(model: &Model, max_batch_tokens: usize, max_context: usize, pool: WorkerPool) -> Self {
+        let buffers = Buffers::new(model.config(), max_batch_tokens, pool.num_threads());
+        Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        self.buffers.bytes()
+    }
+
+    /// The most rows of a batch.
+    pub fn max_batch_tokens(&self) -> usize {
+        self.max_batch_tokens
+    }
+
+    /// The most positions of a sequence.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    /// Whether it was made for `model`, or one of the same geometry.
+    pub(super) fn fits(&self, model: &Model) -> bool {
+        self.config == *model.config()
+    }
+}
+
+impl Buffers {
+    fn new(config: &ModelConfig, max_batch_tokens: usize, num_threads: usize) -> Self {
+        let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
+        let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let rows = |width: usize| vec![0.0; max_batch_tokens * width];
+        Self {
+            x: rows(hidden_size),
+            normed: rows(hidden_size),
+            quantized: ActivationBuffer::new(max_batch_tokens, hidden_size.max(intermediate_size).max(q_width)),
+            angles: rows(head_dim),
+            q: rows(q_width),
+            k: rows(kv_width),
+            v: rows(kv_width),
+            attended: rows(q_width),
+            projected: rows(hidden_size),
+            gate: rows(intermediate_size),
+            up: rows(intermediate_size),
+            attention: vec![0.0; num_threads * attention::scratch_len(config)],
+            head_row: vec![0.0; num_threads * hidden_size],
+            logits: vec![0.0; Workspace::MAX_LOGIT_ROWS * vocab_size],
+        }
+    }
+
+    /// The buffers of a step of `num_rows`.
+    pub(super) fn for_step(&mut self, config: &ModelConfig, num_rows: usize) -> StepBuffers<'_> {
+        let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, .. } = *config;
+        let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        StepBuffers {
+            x: &mut self.x[..num_rows * hidden_size],
+            normed: &mut self.normed[..num_rows * hidden_size],
+            quantized: &mut self.quantized,
+            angles: &mut self.angles[..num_rows * head_dim],
+            q: &mut self.q[..num_rows * q_width],
+            k: &mut self.k[..num_rows * kv_width],
+            v: &mut self.v[..num_rows * kv_width],
+            attended: &mut self.attended[..num_rows * q_width],
+            projected: &mut self.projected[..num_rows * hidden_size],
+            gate: &mut self.gate[..num_rows * intermediate_size],
+            up: &mut self.up[..num_rows * intermediate_size],
+            attention: &mut self.attention,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let Self { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits } = self;
+        let floats = [x, normed, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits];
+        floats.iter().map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>() + quantized.bytes()
+    }
+}

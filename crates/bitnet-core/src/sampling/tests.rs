@@ -1,0 +1,228 @@
+//! The sampler against a naive double-precision reference, the distribution it draws from, and what must not change a draw.
+
+use proptest::prelude::*;
+
+use super::{
+    NotFinite, SampleKey, Sampler, SamplingParams,
+    noise::{Noise, gumbel},
+    row::{Candidate, select_best},
+};
+use crate::{ids::TokenId, kernels::Isa};
+
+const KEY: SampleKey = SampleKey { choice: 0, position: 0 };
+
+fn draw(logits: &[f32], params: &SamplingParams, key: SampleKey) -> Result<TokenId, NotFinite> {
+    Sampler::new(logits.len()).sample(logits, params, &[], &[], &[], key)
+}
+
+fn draw_at(logits: &[f32], params: &SamplingParams, position: u32) -> u32 {
+    draw(logits, params, SampleKey { choice: 0, position }).expect("finite").0
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, ..SamplingParams::default() }
+}
+
+/// Ids that top_k, min_p and top_p keep, in f64 and with a full sort.
+fn naive_kept(logits: &[f32], params: &SamplingParams) -> Vec<u32> {
+    let scaled: Vec<f32> = logits.iter().map(|logit| logit / params.temperature).collect();
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    ids.sort_by(|&a, &b| scaled[b as usize].total_cmp(&scaled[a as usize]).then(a.cmp(&b)));
+    let weight = |id: u32| (f64::from(scaled[id as usize]) - f64::from(scaled[ids[0] as usize])).exp();
+    let mut kept = ids.clone();
+    if params.top_k > 0 {
+        kept.truncate(params.top_k as usize);
+    }
+    kept.retain(|&id| weight(id) >= f64::from(params.min_p));
+    let total: f64 = kept.iter().map(|&id| weight(id)).sum();
+    let mut sum = 0.0;
+    let reached = kept.iter().position(|&id| {
+        sum += weight(id);
+        sum >= f64::from(params.top_p) * total
+    });
+    kept.truncate(reached.map_or(kept.len(), |last| last + 1));
+    kept
+}
+
+/// The plain loop that the group-wise screen stands for.
+fn naive_draw(kept: &[u32], logits: &[f32], params: &SamplingParams, key: SampleKey) -> u32 {
+    let noise = Noise::new(params.seed, key);
+    let score = |id: u32| logits[id as usize] / params.temperature + gumbel(noise.bits(id));
+    let better = |&a: &u32, &b: &u32| score(a).total_cmp(&score(b)).then(b.cmp(&a));
+    kept.iter().copied().max_by(better).expect("something is kept")
+}
+
+#[test]
+fn greedy_takes_the_best_and_of_equals_the_lower_id() {
+    let mut logits = vec![0.5; 100];
+    for id in [97, 33, 64] {
+        logits[id] = 2.0;
+    }
+    assert_eq!(draw(&logits, &greedy(), KEY), Ok(TokenId(33)));
+    let top_p_0 = SamplingParams { top_p: 0.0, ..SamplingParams::default() };
+    assert_eq!(draw(&logits, &top_p_0, KEY), Ok(TokenId(33)));
+    let tiny = SamplingParams { temperature: 1e-40, ..SamplingParams::default() };
+    assert_eq!(draw(&logits, &tiny, KEY), Ok(TokenId(33)));
+}
+
+#[test]
+fn what_is_not_finite_fails_and_minus_infinity_is_only_never_drawn() {
+    for len in [5, 40] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for at in [0, len - 1] {
+                let mut logits = vec![0.0; len];
+                logits[at] = bad;
+                assert_eq!(draw(&logits, &greedy(), KEY), Err(NotFinite));
+                assert_eq!(Sampler::new(len).logprobs(&logits, TokenId(1), 2), Err(NotFinite));
+            }
+        }
+        assert_eq!(draw(&vec![f32::NEG_INFINITY; len], &greedy(), KEY), Err(NotFinite));
+        let mut logits = vec![f32::NEG_INFINITY; len];
+        logits[3] = -7.0;
+        assert!((0..100).all(|position| draw_at(&logits, &SamplingParams::default(), position) == 3));
+    }
+}
+
+#[test]
+fn bias_decides_and_banned_tokens_are_never_drawn() {
+    let logits = [1.0, 5.0, 3.0, 2.0];
+    let biased = |id, value| SamplingParams { logit_bias: vec![(TokenId(id), value)], ..SamplingParams::default() };
+    assert!((0..200).all(|position| draw_at(&logits, &biased(0, 100.0), position) == 0));
+    assert!((0..200).all(|position| draw_at(&logits, &biased(1, -100.0), position) != 1));
+    let banned = Sampler::new(4).sample(&logits, &greedy(), &[], &[], &[TokenId(1)], KEY);
+    assert_eq!(banned, Ok(TokenId(2)));
+    let all = [0, 1, 2, 3].map(TokenId);
+    assert_eq!(Sampler::new(4).sample(&logits, &greedy(), &[], &[], &all, KEY), Err(NotFinite));
+}
+
+#[test]
+fn penalties_see_the_right_tokens() {
+    let logits = [3.0, 2.9, 2.0];
+    let mut sampler = Sampler::new(3);
+    let prompt = [TokenId(0)];
+    let frequency = SamplingParams { frequency_penalty: 0.2, ..greedy() };
+    let mut next = |params: &SamplingParams, generated: &[u32]| {
+        let generated: Vec<_> = generated.iter().copied().map(TokenId).collect();
+        sampler.sample(&logits, params, &prompt, &generated, &[], KEY).expect("finite").0
+    };
+    assert_eq!(next(&frequency, &[]), 0, "the prompt is not generated");
+    assert_eq!(next(&frequency, &[0]), 1);
+    assert_eq!(next(&frequency, &[0, 1, 1]), 0);
+    assert_eq!(next(&SamplingParams { repetition_penalty: 1.1, ..greedy() }, &[]), 1, "the prompt is seen");
+}
+
+#[test]
+fn draws_follow_the_softmax() {
+    // Chi-square with 9 degrees of freedom is above 27.9 once in a thousand; the seeds are fixed.
+    let logits: Vec<f32> = (0..10).map(|id| (id as f32 * 0.7).sin() * 2.0).collect();
+    for (seed, temperature) in [(1, 1.0), (2, 0.7), (-3, 2.0)] {
+        let params = SamplingParams { temperature, seed, ..SamplingParams::default() };
+        let weights: Vec<f64> = logits.iter().map(|logit| f64::from(logit / temperature).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut counts = [0_u32; 10];
+        let mut sampler = Sampler::new(10);
+        for draw in 0..20_000 {
+            let key = SampleKey { choice: draw % 4, position: draw / 4 };
+            counts[sampler.sample(&logits, &params, &[], &[], &[], key).expect("finite").index()] += 1;
+        }
+        let chi_square: f64 = weights
+            .iter()
+            .zip(counts)
+            .map(|(weight, count)| {
+                let expected = 20_000.0 * weight / total;
+                (f64::from(count) - expected).powi(2) / expected
+            })
+            .sum();
+        assert!(chi_square < 27.9, "{chi_square} at temperature {temperature}: {counts:?}");
+    }
+}
+
+#[test]
+fn a_wide_nucleus_is_found_without_a_limit_on_candidates() {
+    let logits: Vec<f32> = (0..5000_u32).map(|id| (id.wrapping_mul(2_654_435_761) >> 20) as f32 * 1e-4).collect();
+    let params = SamplingParams { top_p: 0.9, ..SamplingParams::default() };
+    let kept = naive_kept(&logits, &params);
+    assert!(kept.len() > 4000);
+    for position in 0..20 {
+        let key = SampleKey { choice: 0, position };
+        assert_eq!(draw_at(&logits, &params, position), naive_draw(&kept, &logits, &params, key));
+    }
+}
+
+#[test]
+fn logprobs_are_the_log_softmax_of_the_raw_logits() {
+    let logits: Vec<f32> = (0..1000).map(|id| ((id * 37 % 101) as f32).sqrt()).collect();
+    let total: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+    let found = Sampler::new(1000).logprobs(&logits, TokenId(123), 3).expect("finite");
+    let exact = |id: usize| f64::from(logits[id]) - total.ln();
+    assert!((f64::from(found.logprob) - exact(123)).abs() < 1e-5);
+    let best: Vec<u32> = found.top.iter().map(|(id, _)| id.0).collect();
+    let expected: Vec<u32> = (0..1000).filter(|id| id * 37 % 101 == 100).take(3).collect();
+    assert_eq!(best, expected, "equal logits come in the order of ids");
+    assert!(found.top.iter().all(|&(id, logprob)| (f64::from(logprob) - exact(id.index())).abs() < 1e-5));
+    let certain = [0.0, f32::NEG_INFINITY];
+    let never = Sampler::new(2).logprobs(&certain, TokenId(1), 0).expect("finite");
+    assert_eq!(never.logprob, f32::NEG_INFINITY);
+}
+
+fn logits() -> impl Strategy<Value = Vec<f32>> {
+    // Few distinct values make ties; -infinity may be anywhere but first.
+    let value = prop_oneof![8 => (-40_i32..40).prop_map(|v| v as f32 * 0.25), 8 => -10.0_f32..10.0, 1 => Just(f32::NEG_INFINITY)];
+    prop::collection::vec(value, 1..400).prop_map(|mut row| {
+        row[0] = row[0].max(-5.0);
+        row
+    })
+}
+
+fn params() -> impl Strategy<Value = SamplingParams> {
+    let top_p = prop_oneof![Just(1.0), 0.01_f32..1.0];
+    let min_p = prop_oneof![Just(0.0), 0.001_f32..1.0];
+    (0.1_f32..2.0, top_p, 0_u32..60, min_p, any::<i64>()).prop_map(|(temperature, top_p, top_k, min_p, seed)| {
+        SamplingParams { temperature, top_p, top_k, min_p, seed, ..SamplingParams::default() }
+    })
+}
+
+proptest! {
+    #[test]
+    fn filters_and_draw_agree_with_the_reference(logits in logits(), params in params(), position in 0_u32..1000) {
+        let key = SampleKey { choice: 2, position };
+        let kept = naive_kept(&logits, &params);
+        // A cut that rounding may move by one candidate cannot be compared: the reference must agree with its neighbours.
+        let moved = |factor: f32| SamplingParams { top_p: params.top_p * factor, min_p: params.min_p * factor, ..params.clone() };
+        let sharp = [0.99999, 1.00001].iter().all(|&factor| {
+            params.top_p == 1.0 && params.min_p == 0.0 || naive_kept(&logits, &moved(factor)) == kept
+        });
+        prop_assume!(sharp);
+        if !params.is_greedy() {
+            let drawn = draw(&logits, &params, key).expect("finite").0;
+            prop_assert!(kept.contains(&drawn));
+            prop_assert_eq!(drawn, naive_draw(&kept, &logits, &params, key));
+        }
+    }
+
+    #[test]
+    fn a_draw_depends_on_its_arguments_alone(logits in logits(), params in params(), position: u32) {
+        let key = SampleKey { choice: 0, position };
+        let alone = draw(&logits, &params, key).expect("finite");
+        for isa in Isa::available() {
+            let mut used = Sampler::with_isa(logits.len(), isa);
+            let other = SamplingParams { frequency_penalty: 1.0, repetition_penalty: 1.5, top_k: 3, ..params.clone() };
+            let _ = used.sample(&logits, &other, &[TokenId(0)], &[TokenId(0)], &[], key);
+            let with_logprobs = used.logprobs(&logits, alone, 20).expect("finite");
+            prop_assert_eq!(used.sample(&logits, &params, &[], &[], &[], key), Ok(alone));
+            let again = Sampler::with_isa(logits.len(), Isa::BASELINE).logprobs(&logits, alone, 20);
+            prop_assert_eq!(again, Ok(with_logprobs));
+        }
+    }
+
+    #[test]
+    fn select_best_is_a_sort(logits in logits(), count in 0_usize..500) {
+        let mut best = Vec::new();
+        select_best(&logits, count, &mut best);
+        let finite = (0_u32..).zip(&logits).filter(|(_, score)| **score > f32::NEG_INFINITY);
+        let mut sorted: Vec<_> = finite.map(|(id, &score)| Candidate { score, id }).collect();
+        sorted.sort_by(Candidate::rank);
+        sorted.truncate(count);
+        prop_assert_eq!(best, sorted);
+    }
+}

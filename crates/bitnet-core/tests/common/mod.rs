@@ -1,0 +1,114 @@
+//! A model with its cache and workspace, driven one step at a time: what the integration tests share.
+
+use std::path::{Path, PathBuf};
+
+use bitnet_core::{
+    Batch, BlockId, Checkpoint, LoadOptions, Model, TokenId, checkpoint,
+    kernels::{self, TernaryKernel},
+    kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
+    model::{BatchSequence, LogitRows, Workspace},
+    threads::WorkerPool,
+};
+
+/// Positions each sequence has room for.
+pub const MAX_CONTEXT: usize = 384;
+
+/// What may never change a logit.
+#[derive(Clone, Copy)]
+pub struct Setup {
+    pub kernel: &'static dyn TernaryKernel,
+    pub num_threads: usize,
+    pub max_batch_tokens: usize,
+    pub num_sequences: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let kernel = kernels::select("auto").expect("there is always one");
+        Self { kernel, num_threads: 1, max_batch_tokens: 64, num_sequences: 1 }
+    }
+}
+
+pub struct Engine {
+    pub model: Model,
+    pub kv: KvCache,
+    pub workspace: Workspace,
+    num_blocks: usize,
+}
+
+/// One sequence's share of a step, its blocks being those of `slot`.
+pub struct Share<'a> {
+    pub slot: usize,
+    pub tokens: &'a [TokenId],
+    pub start: usize,
+    pub logits: LogitRows,
+}
+
+impl Engine {
+    pub fn new(checkpoint: &Checkpoint, dtype: KvDtype, setup: Setup) -> Self {
+        let mut pool = WorkerPool::new(setup.num_threads);
+        let model = Model::load(checkpoint, setup.kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
+        let num_blocks = setup.num_sequences * MAX_CONTEXT / BLOCK_TOKENS;
+        let kv = KvCache::new(&model, num_blocks, dtype).expect("a small cache");
+        let workspace = Workspace::new(&model, setup.max_batch_tokens, MAX_CONTEXT, pool);
+        Self { model, kv, workspace, num_blocks }
+    }
+
+    pub fn open(path: &Path) -> Self {
+        Self::new(&open(path), KvDtype::F32, Setup::default())
+    }
+
+    /// The blocks of `slot`: descending and interleaved with the other slots', so that no order is taken for granted.
+    pub fn block_table(&self, slot: usize) -> Vec<BlockId> {
+        let per_slot = MAX_CONTEXT / BLOCK_TOKENS;
+        let num_slots = self.num_blocks / per_slot;
+        (0..per_slot).map(|i| BlockId((self.num_blocks - 1 - i * num_slots - slot) as u32)).collect()
+    }
+
+    /// Builds the batch of one step.
+    pub fn batch(&self, shares: &[Share<'_>]) -> Batch {
+        let tables: Vec<_> = shares.iter().map(|share| self.block_table(share.slot)).collect();
+        let sequences: Vec<_> = shares
+            .iter()
+            .zip(&tables)
+            .map(|(share, block_table)| BatchSequence {
+                tokens: share.tokens,
+                start: share.start,
+                block_table,
+                logits: share.logits,
+            })
+            .collect();
+        Batch::new(&self.model, &self.kv, &self.workspace, &sequences).expect("a valid batch")
+    }
+
+    /// Runs one step; hands each row of logits that was asked for to `take`, in batch order.
+    pub fn step(&mut self, shares: &[Share<'_>], mut take: impl FnMut(&[f32])) {
+        let batch = self.batch(shares);
+        self.model.forward(&batch, &mut self.kv, &mut self.workspace);
+        let num_rows = batch.num_logit_rows();
+        for start in (0..num_rows).step_by(Workspace::MAX_LOGIT_ROWS) {
+            let end = (start + Workspace::MAX_LOGIT_ROWS).min(num_rows);
+            let logits = self.model.logits(start..end, &mut self.workspace);
+            logits.chunks_exact(self.model.config().vocab_size).for_each(&mut take);
+        }
+    }
+
+    /// Logits of every position of `ids`, from the beginning of a sequence, `chunk` tokens a step.
+    pub fn all_logits(&mut self, ids: &[TokenId], chunk: usize) -> Vec<Vec<f32>> {
+        let mut rows = Vec::with_capacity(ids.len());
+        for (i, tokens) in ids.chunks(chunk).enumerate() {
+            let share = Share { slot: 0, tokens, start: i * chunk, logits: LogitRows::All };
+            self.step(&[share], |row| rows.push(row.to_vec()));
+        }
+        rows
+    }
+}
+
+/// A file or directory of the golden checkpoints.
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/public").join(name)
+}
+
+pub fn open(path: &Path) -> Checkpoint {
+    checkpoint::open(path, &LoadOptions::default()).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
