@@ -10,4 +10,6 @@ pub mod limits;
 pub mod metrics;
 pub mod openai;
 pub mod output;
+pub mod prompt;
 pub mod response_cache;
+pub mod service;

@@ -77,16 +77,24 @@ pub struct ContentPart {
 }
 
 /// A call the assistant made earlier.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct ToolCall {
     /// Its id.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// `function`, the only kind there is.
+    #[serde(rename = "type", default = "function_kind")]
+    pub kind: String,
     /// What was called.
     pub function: FunctionCall,
 }
 
+fn function_kind() -> String {
+    "function".to_owned()
+}
+
 /// The function of a [`ToolCall`].
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct FunctionCall {
     /// Its name.
     pub name: String,

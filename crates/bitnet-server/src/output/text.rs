@@ -31,9 +31,19 @@ pub struct Piece {
 }
 
 impl TextDecoder {
-    /// At the start of an output.
-    pub fn new(tokenizer: Arc<Tokenizer>, stop: StopStrings, min_tokens: usize) -> Self {
-        let decoder = IncrementalDecoder::new(true);
+    /// At the start of an output. `continues` is the token the text goes on from, if it does: a tokenizer that drops the
+    /// space at the start of a text must not drop it in the middle.
+    pub fn new(
+        tokenizer: Arc<Tokenizer>,
+        stop: StopStrings,
+        min_tokens: usize,
+        continues: Option<TokenId>,
+    ) -> Self {
+        let mut decoder = IncrementalDecoder::new(true);
+        if let Some(token) = continues {
+            decoder.push(&tokenizer, token);
+            decoder.finish();
+        }
         Self { tokenizer, decoder, matcher: StopMatcher::new(stop), min_tokens, tokens_seen: 0, bytes_decoded: 0 }
     }
 
