@@ -61,7 +61,7 @@ impl KvCache {
         self.storage.copy_within(start..start + bytes, to.index() * bytes);
     }
 
-    fn with_geometry(geometry: Geometry, num_blocks: usize) -> std::io::Result<Self> {
+    pub(crate) fn with_geometry(geometry: Geometry, num_blocks: usize) -> std::io::Result<Self> {
         let bytes = geometry.block_bytes().checked_mul(num_blocks).ok_or(std::io::ErrorKind::OutOfMemory)?;
         let storage = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
         Ok(Self { storage, geometry, num_blocks })
@@ -98,7 +98,7 @@ impl KvCache {
             let values = &mut values[slot * tile_bytes / BLOCK_TOKENS..];
             match dtype {
                 KvDtype::F32 => store(keys, values, slot, k, v, f32::to_ne_bytes),
-                KvDtype::F16 => store(keys, values, slot, k, v, |x| math::f32_to_f16(x).to_ne_bytes()),
+                KvDtype::F16 => store(keys, values, slot, k, v, |x| f32_to_f16(x).to_ne_bytes()),
             }
         }
     }
@@ -146,6 +146,24 @@ impl KvTile<'_> {
             }
         }
     }
+}
+
+/// Half-precision bits of `x`, rounded to nearest even, without a branch.
+#[inline(always)]
+fn f32_to_f16(x: f32) -> u16 {
+    const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
+    const TOO_LARGE: u32 = (127 + 16) << 23;
+    const REBIAS: u32 = (127 - 15) << 23;
+    const INFINITY: u32 = 255 << 23;
+    let magnitude = x.to_bits() & 0x7fff_ffff;
+    // Half of the last place kept, less one where that place is even: a carry out of the 13 bits dropped rounds up.
+    let normal = (magnitude.wrapping_sub(REBIAS).wrapping_add(0xfff).wrapping_add(magnitude >> 13 & 1)) >> 13;
+    // The last place of 0.5 is the smallest half, so the addition itself rounds to a multiple of it.
+    let denormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let special = if magnitude > INFINITY { 0x7e00 } else { 0x7c00 };
+    let finite = if magnitude < SMALLEST_NORMAL { denormal } else { normal };
+    let half = if magnitude < TOO_LARGE { finite } else { special };
+    (half | (x.to_bits() >> 16 & 0x8000)) as u16
 }
 
 /// Shape of the storage.
@@ -216,7 +234,8 @@ mod tests {
             cache.write(BlockId(1), 1, 16 + 5, &k, &v);
             for (block, layer, head) in [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 1)] {
                 let written = (block, layer) == (1, 1);
-                let (keys, values) = (cache.keys(BlockId(block), layer, head), cache.values(BlockId(block), layer, head));
+                let (keys, values) =
+                    (cache.keys(BlockId(block), layer, head), cache.values(BlockId(block), layer, head));
                 for (i, key) in decoded(keys).into_iter().enumerate() {
                     let is_cell = written && i % 16 == 5 && i / 16 < HEAD_DIM;
                     assert_eq!(key, if is_cell { k[head * HEAD_DIM + i / 16] } else { 0.0 });
@@ -237,6 +256,21 @@ mod tests {
         let read = &decoded(cache.values(BlockId(0), 0, 0))[..HEAD_DIM];
         assert_eq!(read[..4], [1.0, 0.099_975_586, f32::INFINITY, -0.0]);
         assert!(read[4].is_nan() && read[5] == f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn half_precision_is_rounded_as_the_reference_does() {
+        let halves = (0..=u16::MAX).map(half::f16::from_bits).filter(|half| half.is_finite());
+        for exact in halves.map(f32::from) {
+            let next = exact.to_bits() + 0x1000; // halfway to the next half, where this one is normal
+            for bits in [exact.to_bits(), next, next - 1, next + 1, next ^ 0x8000_0000] {
+                let x = f32::from_bits(bits);
+                assert_eq!(f32_to_f16(x), half::f16::from_f32(x).to_bits(), "{x:e}");
+            }
+        }
+        for x in [65_519.99, 65_520.0, 1e30, f32::MIN_POSITIVE, 2.98e-8, 2.99e-8, 5.97e-8, 6.1e-5, f32::INFINITY] {
+            assert_eq!(f32_to_f16(x), half::f16::from_f32(x).to_bits(), "{x:e}");
+        }
     }
 
     #[test]

@@ -81,8 +81,10 @@ fn rule_3_long_prompts_teacher_forced() {
             let forced = Forced::run(&mut engine, prompt);
             num_equal += forced.num_equal();
             num_positions += GREEDY_TOKENS;
-            differences.extend(differences_of(forced.last_of_prompt(), &reference[&format!("prompt{i}.last_logits.f32")]));
-            differences.extend(differences_of(&forced.top_5(), &reference[&format!("prompt{i}.greedy_logits_top5.f32")]));
+            differences
+                .extend(differences_of(forced.last_of_prompt(), &reference[&format!("prompt{i}.last_logits.f32")]));
+            differences
+                .extend(differences_of(&forced.top_5(), &reference[&format!("prompt{i}.greedy_logits_top5.f32")]));
             if i == short {
                 let all = &reference["short.teacher_forced_logits.f32"];
                 differences.extend(differences_of(&forced.logits.concat(), all));

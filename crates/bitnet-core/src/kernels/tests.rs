@@ -203,3 +203,110 @@ fn kernels_are_chosen_by_name() {
         assert!(matches!(select(missing), Err(KernelError::Unsupported { .. })));
     }
 }
+
+/// An operation over many values under every instruction set: the bits must be those of the baseline.
+fn on_every_isa<T: PartialEq + std::fmt::Debug>(operation: impl Fn() -> T + Copy) -> T {
+    struct Op<F>(F);
+    impl<T, F: Fn() -> T> FloatOp for Op<F> {
+        type Output = T;
+        #[inline(always)]
+        fn call(self) -> T {
+            (self.0)()
+        }
+    }
+    let baseline = Isa::BASELINE.run(Op(operation));
+    for isa in Isa::available() {
+        assert_eq!(isa.run(Op(operation)), baseline, "{isa:?}");
+    }
+    baseline
+}
+
+/// The largest error of `ours` in units in the last place of the true value, over `inputs`.
+fn worst_ulps(inputs: impl Iterator<Item = f32>, ours: impl Fn(f32) -> f32, truth: impl Fn(f64) -> f64) -> f64 {
+    let error = |x: f32| {
+        let exact = truth(f64::from(x));
+        let ulp = f64::from(((exact as f32).abs().max(f32::MIN_POSITIVE)).next_up()) - f64::from((exact as f32).abs());
+        (f64::from(ours(x)) - exact).abs() / ulp
+    };
+    inputs.map(error).fold(0.0, f64::max)
+}
+
+#[test]
+fn exp_is_accurate_and_has_the_right_ends() {
+    let inputs = || (0..400_000).map(|i| -87.3 + i as f32 * (176.0 / 400_000.0));
+    let worst = worst_ulps(inputs(), math::exp, libm::exp);
+    assert!(worst < 1.0, "{worst} ulp");
+    on_every_isa(|| bits(&inputs().step_by(17).map(|x| math::exp(x)).collect::<Vec<_>>()));
+    for (x, value) in [(0.0, 1.0), (-0.0, 1.0), (f32::NEG_INFINITY, 0.0), (-88.0, 0.0), (-1e30, 0.0)] {
+        assert_eq!(math::exp(x).to_bits(), f32::to_bits(value), "exp({x})");
+    }
+    assert_eq!(math::exp(89.0), f32::INFINITY);
+    assert_eq!(math::exp(f32::INFINITY), f32::INFINITY);
+    assert!(math::exp(88.72).is_finite());
+    assert!(math::exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn ln_is_accurate_and_has_the_right_ends() {
+    let inputs =
+        || (0..200_000u32).map(|i| f32::from_bits(1 + i * 10_695)).chain((1..100_000).map(|i| i as f32 * 2e-5));
+    let worst = worst_ulps(inputs(), math::ln, libm::log);
+    assert!(worst < 1.0, "{worst} ulp");
+    on_every_isa(|| bits(&inputs().step_by(17).map(|x| math::ln(x)).collect::<Vec<_>>()));
+    assert_eq!(math::ln(1.0).to_bits(), 0);
+    assert_eq!((math::ln(0.0), math::ln(-0.0)), (f32::NEG_INFINITY, f32::NEG_INFINITY));
+    assert_eq!(math::ln(f32::INFINITY), f32::INFINITY);
+    assert!(math::ln(-1.0).is_nan() && math::ln(f32::NAN).is_nan() && math::ln(f32::NEG_INFINITY).is_nan());
+}
+
+#[test]
+fn sixteen_bit_floats_widen_exactly() {
+    for bits in 0..=u16::MAX {
+        let (ours, truth) = (math::f16_to_f32(bits), half::f16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+        let (ours, truth) = (math::bf16_to_f32(bits), half::bf16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == truth.to_bits() || (ours.is_nan() && truth.is_nan()),
+            "{bits:#x}: {ours} not {truth}"
+        );
+    }
+}
+
+#[test]
+fn sums_follow_the_order_of_the_lanes_on_every_instruction_set() {
+    let mut random = Random(7);
+    for len in [0, 1, 15, 16, 17, 100, 2560, 2567] {
+        let (a, b) = (random.floats(len), random.floats(len));
+        let halves: Vec<u16> = a.iter().map(|&value| half::f16::from_f32(value).to_bits()).collect();
+        let brains: Vec<u16> = a.iter().map(|&value| half::bf16::from_f32(value).to_bits()).collect();
+        let naive = |widen: &dyn Fn(usize) -> f32, b: &[f32]| {
+            let mut lanes = [0f32; 16];
+            b.iter().enumerate().for_each(|(i, b)| lanes[i % 16] = widen(i).mul_add(*b, lanes[i % 16]));
+            let pairs: Vec<f32> = (0..8).map(|l| lanes[l] + lanes[l + 8]).collect();
+            let fours: Vec<f32> = (0..4).map(|l| pairs[l] + pairs[l + 4]).collect();
+            ((fours[0] + fours[2]) + (fours[1] + fours[3])).to_bits()
+        };
+        let (a, b, halves, brains) = (&a, &b, &halves, &brains);
+        assert_eq!(on_every_isa(|| math::dot_16(a, b).to_bits()), naive(&|i| a[i], b));
+        assert_eq!(on_every_isa(|| math::sum_squares_16(a).to_bits()), naive(&|i| a[i], a));
+        let widened = |i: usize| half::f16::from_bits(halves[i]).to_f32();
+        assert_eq!(on_every_isa(|| math::dot_f16_16(halves, b).to_bits()), naive(&widened, b));
+        let widened = |i: usize| half::bf16::from_bits(brains[i]).to_f32();
+        assert_eq!(on_every_isa(|| math::dot_bf16_16(brains, b).to_bits()), naive(&widened, b));
+    }
+}
+
+#[test]
+fn activations_quantize_to_the_same_bits_on_every_instruction_set() {
+    let values = Random(3).floats(6912);
+    let values = &values;
+    on_every_isa(|| {
+        let mut buffer = ActivationBuffer::new(1, values.len());
+        buffer.quantize_row(0, values);
+        let view = buffer.view(1, values.len());
+        (view.codes(0).to_vec(), view.scales()[0].to_bits(), view.sums()[0])
+    });
+}

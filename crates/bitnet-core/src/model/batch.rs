@@ -152,7 +152,7 @@ impl Batch {
         self.num_blocks
     }
 
-    fn checked(limits: &Limits, sequences: &[BatchSequence<'_>]) -> Result<Self, BatchError> {
+    pub(super) fn checked(limits: &Limits, sequences: &[BatchSequence<'_>]) -> Result<Self, BatchError> {
         let num_rows = sequences.iter().map(|s| s.tokens.len()).fold(0, usize::saturating_add);
         if sequences.is_empty() || sequences.iter().any(|s| s.tokens.is_empty()) {
             return Err(BatchError::Empty);
@@ -198,7 +198,6 @@ impl Batch {
             blocks: blocks.clone(),
         }));
     }
-
 }
 
 /// No block is written by two sequences, or at two positions of one.
@@ -224,11 +223,11 @@ impl QuerySpan {
 }
 
 /// What a batch is checked against.
-struct Limits {
-    vocab_size: usize,
-    num_blocks: usize,
-    max_rows: usize,
-    max_context: usize,
+pub(super) struct Limits {
+    pub(super) vocab_size: usize,
+    pub(super) num_blocks: usize,
+    pub(super) max_rows: usize,
+    pub(super) max_context: usize,
 }
 
 impl Limits {
@@ -286,21 +285,24 @@ mod tests {
     fn what_is_wrong_is_named() {
         let t = [TokenId(1); 41];
         let table = [BlockId(0), BlockId(1), BlockId(2), BlockId(3)];
-        assert_eq!(check(&[]).unwrap_err(), BatchError::Empty);
-        assert_eq!(check(&[sequence(&[], 0, &table)]).unwrap_err(), BatchError::Empty);
-        assert_eq!(check(&[sequence(&t, 0, &table)]).unwrap_err(), BatchError::TooManyRows { rows: 41, max: 40 });
+        assert_eq!(check(&[]).expect_err("refused"), BatchError::Empty);
+        assert_eq!(check(&[sequence(&[], 0, &table)]).expect_err("refused"), BatchError::Empty);
         assert_eq!(
-            check(&[sequence(&[TokenId(10)], 0, &table)]).unwrap_err(),
+            check(&[sequence(&t, 0, &table)]).expect_err("refused"),
+            BatchError::TooManyRows { rows: 41, max: 40 }
+        );
+        assert_eq!(
+            check(&[sequence(&[TokenId(10)], 0, &table)]).expect_err("refused"),
             BatchError::TokenOutOfRange { id: 10, vocab_size: 10 }
         );
         for (start, covered, position) in [(48, 4, 48), (usize::MAX, 4, usize::MAX), (16, 1, 16), (0, 0, 0)] {
             assert_eq!(
-                check(&[sequence(&t[..1], start, &table[..covered])]).unwrap_err(),
+                check(&[sequence(&t[..1], start, &table[..covered])]).expect_err("refused"),
                 BatchError::PositionOutOfRange { position }
             );
         }
         assert_eq!(
-            check(&[sequence(&t[..1], 0, &[BlockId(4)])]).unwrap_err(),
+            check(&[sequence(&t[..1], 0, &[BlockId(4)])]).expect_err("refused"),
             BatchError::BlockOutOfRange { id: 4 }
         );
     }
@@ -309,10 +311,10 @@ mod tests {
     fn no_block_is_written_twice_but_any_may_be_read_twice() {
         let t = [TokenId(1); 17];
         let twice = BatchError::BlockOutOfRange { id: 1 };
-        assert_eq!(check(&[sequence(&t, 0, &[BlockId(1), BlockId(1)])]).unwrap_err(), twice);
+        assert_eq!(check(&[sequence(&t, 0, &[BlockId(1), BlockId(1)])]).expect_err("refused"), twice);
         let (one, other) = ([BlockId(0), BlockId(1)], [BlockId(0), BlockId(2)]);
-        assert_eq!(check(&[sequence(&t[..1], 16, &one), sequence(&t[..1], 17, &one)]).unwrap_err(), twice);
-        assert_eq!(check(&[sequence(&t[..1], 16, &one), sequence(&t[..1], 20, &one)]).unwrap_err(), twice);
+        assert_eq!(check(&[sequence(&t[..1], 16, &one), sequence(&t[..1], 17, &one)]).expect_err("refused"), twice);
+        assert_eq!(check(&[sequence(&t[..1], 16, &one), sequence(&t[..1], 20, &one)]).expect_err("refused"), twice);
         assert!(check(&[sequence(&t[..1], 16, &one), sequence(&t[..1], 16, &other)]).is_ok(), "a shared prefix");
     }
 }

@@ -65,19 +65,15 @@ impl Model {
     ///
     /// # Panics
     /// When `kv` or `workspace` were made for another model.
-    pub fn forward_traced(
-        &self,
-        batch: &Batch,
-        kv: &mut KvCache,
-        workspace: &mut Workspace,
-        trace: &mut Trace<'_>,
-    ) {
+    pub fn forward_traced(&self, batch: &Batch, kv: &mut KvCache, workspace: &mut Workspace, trace: &mut Trace<'_>) {
         let num_rows = batch.rows().len();
         assert!(workspace.fits(self) && kv.geometry().fits(&self.config), "made for another model");
-        assert!(num_rows <= workspace.max_batch_tokens() && batch.num_blocks() <= kv.num_blocks(), "another batch's sizes");
+        assert!(
+            num_rows <= workspace.max_batch_tokens() && batch.num_blocks() <= kv.num_blocks(),
+            "another batch's sizes"
+        );
         let eps = self.config.rms_norm_eps;
         let norm = |weight| RmsNorm { weight, eps };
-        let sub_norm = |weight: &'_ Option<Vec<f32>>| weight.as_deref().map(norm);
         let (hidden_size, intermediate_size) = (self.config.hidden_size, self.config.intermediate_size);
         let phases = &mut Phases { pool: &mut workspace.pool, kernel: self.kernel, num_rows };
         let StepBuffers { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention: scratch } =
@@ -99,7 +95,7 @@ impl Model {
             rope::apply(phases, angles, q, k);
             attention::store(phases, kv, index, batch.rows(), k, v);
             attention::attend(phases, kv, index, batch, q, attended, scratch);
-            normalize_in_place(phases, sub_norm(&layer.attn_sub_norm), attended, quantized);
+            normalize_in_place(phases, layer.attn_sub_norm.as_deref().map(norm), attended, quantized);
             let n = quantized.view(num_rows, layer.o.cols());
             project_and_add(phases, n, &layer.o, projected, x);
             if layer.attn_sub_norm.is_some() {
@@ -114,7 +110,7 @@ impl Model {
             trace(TracePoint::FfnNorm, index, normed);
             trace(TracePoint::Gate, index, gate);
             trace(TracePoint::Up, index, up);
-            activate(phases, self.config.activation, sub_norm(&layer.ffn_sub_norm), gate, up, quantized);
+            activate(phases, self.config.activation, layer.ffn_sub_norm.as_deref().map(norm), gate, up, quantized);
             let n = quantized.view(num_rows, intermediate_size);
             project_and_add(phases, n, &layer.down, projected, x);
             if layer.ffn_sub_norm.is_some() {

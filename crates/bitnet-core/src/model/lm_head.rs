@@ -165,3 +165,21 @@ fn dots<W: Copy, const N: usize>(vectors: [&[f32]; N], row: &[W], widen: impl Fn
     }
     lanes.map(|lanes| math::lane_tree(&lanes))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_side_by_side_give_the_bits_of_one_alone() {
+        for len in [1, 15, 16, 48, 70] {
+            let vector =
+                |seed: usize| (0..len).map(|i| ((i * 37 + seed * 11) % 19) as f32 / 7.0 - 1.3).collect::<Vec<_>>();
+            let (row, vectors) = (vector(9), [vector(0), vector(1), vector(2), vector(3)]);
+            let together = dots(std::array::from_fn::<_, 4, _>(|n| &vectors[n][..]), &row, |value| value);
+            for (vector, sum) in vectors.iter().zip(together) {
+                assert_eq!(sum.to_bits(), math::dot_16(&row, vector).to_bits());
+            }
+        }
+    }
+}

@@ -99,7 +99,10 @@ impl Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("config", &self.config).field("kernel", &self.kernel.name()).finish_non_exhaustive()
+        f.debug_struct("Model")
+            .field("config", &self.config)
+            .field("kernel", &self.kernel.name())
+            .finish_non_exhaustive()
     }
 }
 
@@ -108,7 +111,8 @@ impl Layer {
         let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
         let sub_norms = self.attn_sub_norm.iter().chain(&self.ffn_sub_norm);
         let norms = [&self.attn_norm, &self.ffn_norm].into_iter().chain(sub_norms);
-        linears.map(PackedTernary::bytes).iter().sum::<usize>() + norms.map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
+        linears.map(PackedTernary::bytes).iter().sum::<usize>()
+            + norms.map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
     }
 }
 

@@ -1,11 +1,7 @@
 //! Scratch memory of the forward pass, allocated once.
 
 use super::{Model, attention};
-use crate::{
-    checkpoint::ModelConfig,
-    quant::activation::ActivationBuffer,
-    threads::WorkerPool,
-};
+use crate::{checkpoint::ModelConfig, quant::activation::ActivationBuffer, threads::WorkerPool};
 
 /// Scratch memory of the forward pass, allocated once, and the worker pool that runs it.
 #[derive(Debug)]
@@ -145,7 +141,8 @@ impl Buffers {
     }
 
     fn bytes(&self) -> usize {
-        let Self { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits } = self;
+        let Self { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits } =
+            self;
         let floats = [x, normed, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits];
         floats.iter().map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>() + quantized.bytes()
     }

@@ -11,15 +11,15 @@ use bitnet_core::{
 };
 
 /// Positions each sequence has room for.
-pub const MAX_CONTEXT: usize = 384;
+pub(crate) const MAX_CONTEXT: usize = 384;
 
 /// What may never change a logit.
 #[derive(Clone, Copy)]
-pub struct Setup {
-    pub kernel: &'static dyn TernaryKernel,
-    pub num_threads: usize,
-    pub max_batch_tokens: usize,
-    pub num_sequences: usize,
+pub(crate) struct Setup {
+    pub(crate) kernel: &'static dyn TernaryKernel,
+    pub(crate) num_threads: usize,
+    pub(crate) max_batch_tokens: usize,
+    pub(crate) num_sequences: usize,
 }
 
 impl Default for Setup {
@@ -29,23 +29,23 @@ impl Default for Setup {
     }
 }
 
-pub struct Engine {
-    pub model: Model,
-    pub kv: KvCache,
-    pub workspace: Workspace,
+pub(crate) struct Engine {
+    pub(crate) model: Model,
+    pub(crate) kv: KvCache,
+    pub(crate) workspace: Workspace,
     num_blocks: usize,
 }
 
 /// One sequence's share of a step, its blocks being those of `slot`.
-pub struct Share<'a> {
-    pub slot: usize,
-    pub tokens: &'a [TokenId],
-    pub start: usize,
-    pub logits: LogitRows,
+pub(crate) struct Share<'a> {
+    pub(crate) slot: usize,
+    pub(crate) tokens: &'a [TokenId],
+    pub(crate) start: usize,
+    pub(crate) logits: LogitRows,
 }
 
 impl Engine {
-    pub fn new(checkpoint: &Checkpoint, dtype: KvDtype, setup: Setup) -> Self {
+    pub(crate) fn new(checkpoint: &Checkpoint, dtype: KvDtype, setup: Setup) -> Self {
         let mut pool = WorkerPool::new(setup.num_threads);
         let model = Model::load(checkpoint, setup.kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
         let num_blocks = setup.num_sequences * MAX_CONTEXT / BLOCK_TOKENS;
@@ -54,19 +54,19 @@ impl Engine {
         Self { model, kv, workspace, num_blocks }
     }
 
-    pub fn open(path: &Path) -> Self {
+    pub(crate) fn open(path: &Path) -> Self {
         Self::new(&open(path), KvDtype::F32, Setup::default())
     }
 
     /// The blocks of `slot`: descending and interleaved with the other slots', so that no order is taken for granted.
-    pub fn block_table(&self, slot: usize) -> Vec<BlockId> {
+    pub(crate) fn block_table(&self, slot: usize) -> Vec<BlockId> {
         let per_slot = MAX_CONTEXT / BLOCK_TOKENS;
         let num_slots = self.num_blocks / per_slot;
         (0..per_slot).map(|i| BlockId((self.num_blocks - 1 - i * num_slots - slot) as u32)).collect()
     }
 
     /// Builds the batch of one step.
-    pub fn batch(&self, shares: &[Share<'_>]) -> Batch {
+    pub(crate) fn batch(&self, shares: &[Share<'_>]) -> Batch {
         let tables: Vec<_> = shares.iter().map(|share| self.block_table(share.slot)).collect();
         let sequences: Vec<_> = shares
             .iter()
@@ -82,7 +82,7 @@ impl Engine {
     }
 
     /// Runs one step; hands each row of logits that was asked for to `take`, in batch order.
-    pub fn step(&mut self, shares: &[Share<'_>], mut take: impl FnMut(&[f32])) {
+    pub(crate) fn step(&mut self, shares: &[Share<'_>], mut take: impl FnMut(&[f32])) {
         let batch = self.batch(shares);
         self.model.forward(&batch, &mut self.kv, &mut self.workspace);
         let num_rows = batch.num_logit_rows();
@@ -94,7 +94,7 @@ impl Engine {
     }
 
     /// Logits of every position of `ids`, from the beginning of a sequence, `chunk` tokens a step.
-    pub fn all_logits(&mut self, ids: &[TokenId], chunk: usize) -> Vec<Vec<f32>> {
+    pub(crate) fn all_logits(&mut self, ids: &[TokenId], chunk: usize) -> Vec<Vec<f32>> {
         let mut rows = Vec::with_capacity(ids.len());
         for (i, tokens) in ids.chunks(chunk).enumerate() {
             let share = Share { slot: 0, tokens, start: i * chunk, logits: LogitRows::All };
@@ -105,10 +105,10 @@ impl Engine {
 }
 
 /// A file or directory of the golden checkpoints.
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/public").join(name)
 }
 
-pub fn open(path: &Path) -> Checkpoint {
+pub(crate) fn open(path: &Path) -> Checkpoint {
     checkpoint::open(path, &LoadOptions::default()).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }

@@ -1,0 +1,160 @@
+//! AVX2 without VNNI: `vpmaddubsw` adds pairs of products of unsigned codes and signed activations in 16 bits.
+//!
+//! The sums of 16 bits are exact because they are flushed into sums of 32 bits in time: a product is at most 2 * 128, a pair
+//! 512, and after [`FLUSH_TILES`] tiles, 4 pairs each, a lane holds at most 60 * 512 = 30,720 < 32,768.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::{
+    __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+};
+
+use super::{PREFETCH_BYTES, PanelSums, gemm_by_blocks, gemv_by_panels};
+use crate::{
+    kernels::{
+        Isa, TernaryKernel,
+        packing::{COLUMN_TILE, PackedLayout, PackedRows, TILE_BYTES},
+    },
+    quant::activation::QuantizedActivations,
+    threads::ColumnsMut,
+};
+
+/// Tokens multiplied at once: 2 x 4 sums of 16 bits stay in registers between two flushes.
+const BLOCK: usize = 4;
+
+/// Tiles between two flushes; see the bound above.
+const FLUSH_TILES: usize = 15;
+
+/// Proof that this CPU has AVX2, FMA and F16C: only [`detect`] makes one.
+#[derive(Debug)]
+struct Avx2 {
+    isa: Isa,
+}
+
+/// The kernel, on a CPU that has its instructions.
+pub(super) fn detect() -> Option<&'static dyn TernaryKernel> {
+    static KERNEL: std::sync::OnceLock<Avx2> = std::sync::OnceLock::new();
+    Isa::avx2_fma().map(|isa| KERNEL.get_or_init(|| Avx2 { isa }) as &dyn TernaryKernel)
+}
+
+impl TernaryKernel for Avx2 {
+    fn name(&self) -> &'static str {
+        "x86_64-avx2"
+    }
+
+    fn layout(&self) -> PackedLayout {
+        PackedLayout::T32x2Bit
+    }
+
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
+        unsafe { gemv(w, x, out) }
+    }
+
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        // SAFETY: as above.
+        unsafe { gemm(w, x, out) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+    // One token's interleaved codes are its codes.
+    gemv_by_panels(w, x, out, |panel, codes| {
+        let mut sums = [[0; 32]];
+        panel_gemm::<1>(panel, codes, &mut sums);
+        sums[0]
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    gemm_by_blocks::<BLOCK>(w, x, out, |panel, block, sums| match sums.len() {
+        1 => panel_gemm::<1>(panel, block, sums),
+        2 => panel_gemm::<2>(panel, block, sums),
+        3 => panel_gemm::<3>(panel, block, sums),
+        _ => panel_gemm::<BLOCK>(panel, block, sums),
+    });
+}
+
+/// ```text
+/// for half of 16 rows, run of 15 tiles:
+///     for tile, plane of 4 columns, token: narrow[token] += plane of codes * activations     16 bits
+///     wide[token] += pairs of narrow[token]                                                  32 bits
+/// ```
+#[target_feature(enable = "avx2")]
+fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_tiles = panel.len() / TILE_BYTES;
+    assert!(block.len() >= num_tiles * COLUMN_TILE * N && out.len() == N, "a block of {N} tokens");
+    let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
+    for half in 0..2 {
+        let mut wide = [[_mm256_setzero_si256(); 2]; N];
+        for first in (0..num_tiles).step_by(FLUSH_TILES) {
+            let mut narrow = [[_mm256_setzero_si256(); 2]; N];
+            for tile in first..num_tiles.min(first + FLUSH_TILES) {
+                // SAFETY: the half tile's 64 bytes lie inside the panel.
+                let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+                for plane in 0..4 {
+                    let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
+                    quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+                    for token in 0..N {
+                        // SAFETY: 16 codes a tile and token, asserted above.
+                        let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
+                        for quarter in 0..2 {
+                            let pairs = _mm256_maddubs_epi16(weights[quarter], x);
+                            narrow[token][quarter] = _mm256_add_epi16(narrow[token][quarter], pairs);
+                        }
+                    }
+                }
+            }
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                for quarter in 0..2 {
+                    wide[quarter] = _mm256_add_epi32(wide[quarter], _mm256_madd_epi16(narrow[quarter], ones));
+                }
+            }
+        }
+        for (out, wide) in out.iter_mut().zip(wide) {
+            store_half(wide, half, out);
+        }
+    }
+}
+
+/// Rows `16 * half..16 * half + 16` of a tile; asks for the weights to come.
+///
+/// # Safety
+/// The tile must lie inside `panel`.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn load_half_tile(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
+    let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half);
+    _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(PREFETCH_BYTES / 2).cast());
+    // SAFETY: 64 bytes at `bytes`, by the caller's promise.
+    unsafe { [_mm256_loadu_si256(bytes.cast()), _mm256_loadu_si256(bytes.add(32).cast())] }
+}
+
+/// Four codes, in every lane.
+///
+/// # Safety
+/// `codes` must hold the word of index `word`.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    _mm256_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
+    let out = &mut out[16 * half..][..16];
+    // SAFETY: 2 x 8 sums of 4 bytes.
+    unsafe {
+        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
+        _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), quarters[1]);
+    }
+}

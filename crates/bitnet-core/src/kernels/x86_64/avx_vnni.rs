@@ -1,0 +1,170 @@
+//! AVX2 with VNNI (`vpdpbusd` on 256 bits), for CPUs without AVX-512. As [`super::avx512_vnni`] with half the width: each
+//! half of a panel, 16 rows, is a pass of its own, because 16 registers do not hold the sums of both.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::{
+    __m256i, _MM_HINT_T1, _mm_prefetch, _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32,
+    _mm256_loadu_si256, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_srai_epi32,
+    _mm256_srli_epi16, _mm256_storeu_si256,
+};
+
+use super::{PREFETCH_BYTES, PanelSums, gemm_by_blocks, gemv_by_panels};
+use crate::{
+    kernels::{
+        Isa, TernaryKernel,
+        packing::{COLUMN_TILE, PackedLayout, PackedRows, TILE_BYTES},
+    },
+    quant::activation::QuantizedActivations,
+    threads::ColumnsMut,
+};
+
+/// Tokens multiplied at once: 2 x 6 accumulators leave four registers for weights, the mask and activations.
+const BLOCK: usize = 6;
+
+/// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
+#[derive(Debug)]
+struct AvxVnni {
+    isa: Isa,
+}
+
+/// The kernel, on a CPU that has its instructions.
+pub(super) fn detect() -> Option<&'static dyn TernaryKernel> {
+    static KERNEL: std::sync::OnceLock<AvxVnni> = std::sync::OnceLock::new();
+    let isa = Isa::avx2_fma()?;
+    is_x86_feature_detected!("avxvnni").then(|| KERNEL.get_or_init(|| AvxVnni { isa }) as &dyn TernaryKernel)
+}
+
+impl TernaryKernel for AvxVnni {
+    fn name(&self) -> &'static str {
+        "x86_64-avxvnni"
+    }
+
+    fn layout(&self) -> PackedLayout {
+        PackedLayout::T32x2Bit
+    }
+
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
+        unsafe { gemv(w, x, out) }
+    }
+
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        // SAFETY: as above.
+        unsafe { gemm(w, x, out) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+    gemv_by_panels(w, x, out, |panel, codes| panel_gemv(panel, codes));
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    gemm_by_blocks::<BLOCK>(w, x, out, |panel, block, sums| match sums.len() {
+        1 => panel_gemm::<1>(panel, block, sums),
+        2 => panel_gemm::<2>(panel, block, sums),
+        3 => panel_gemm::<3>(panel, block, sums),
+        4 => panel_gemm::<4>(panel, block, sums),
+        5 => panel_gemm::<5>(panel, block, sums),
+        _ => panel_gemm::<BLOCK>(panel, block, sums),
+    });
+}
+
+/// Planes masked in place, each with sums of its own that are shifted once, at the end.
+#[target_feature(enable = "avx2,avxvnni")]
+fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
+    let num_tiles = panel.len() / TILE_BYTES;
+    assert!(codes.len() >= num_tiles * COLUMN_TILE, "codes are padded to whole tiles");
+    let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm256_set1_epi8(mask.cast_signed()));
+    let mut out = [0; 32];
+    for half in 0..2 {
+        let mut sums = [[_mm256_setzero_si256(); 4]; 2];
+        for tile in 0..num_tiles {
+            // SAFETY: the half tile's 64 bytes lie inside the panel.
+            let quarters = unsafe { load_half_tile(panel, tile, half) };
+            for plane in 0..4 {
+                // SAFETY: 16 codes a tile, asserted above.
+                let x = unsafe { broadcast(codes, 4 * tile + plane) };
+                for quarter in 0..2 {
+                    let weights = _mm256_and_si256(quarters[quarter], masks[plane]);
+                    sums[quarter][plane] = _mm256_dpbusd_avx_epi32(sums[quarter][plane], weights, x);
+                }
+            }
+        }
+        let sums = sums.map(|[p0, p1, p2, p3]| {
+            let low = _mm256_add_epi32(p0, _mm256_srai_epi32::<2>(p1));
+            _mm256_add_epi32(low, _mm256_add_epi32(_mm256_srai_epi32::<4>(p2), _mm256_srai_epi32::<6>(p3)))
+        });
+        store_half(sums, half, &mut out);
+    }
+    out
+}
+
+/// Planes shifted down, so that one pair of sums per token is enough.
+#[target_feature(enable = "avx2,avxvnni")]
+fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_tiles = panel.len() / TILE_BYTES;
+    assert!(block.len() >= num_tiles * COLUMN_TILE * N && out.len() == N, "a block of {N} tokens");
+    let mask = _mm256_set1_epi8(3);
+    for half in 0..2 {
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for tile in 0..num_tiles {
+            // SAFETY: the half tile's 64 bytes lie inside the panel.
+            let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+            for plane in 0..4 {
+                let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
+                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+                for token in 0..N {
+                    // SAFETY: 16 codes a tile and token, asserted above.
+                    let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
+                    for quarter in 0..2 {
+                        sums[token][quarter] = _mm256_dpbusd_avx_epi32(sums[token][quarter], weights[quarter], x);
+                    }
+                }
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(sums) {
+            store_half(sums, half, out);
+        }
+    }
+}
+
+/// Rows `16 * half..16 * half + 16` of a tile; asks for the weights to come.
+///
+/// # Safety
+/// The tile must lie inside `panel`.
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+unsafe fn load_half_tile(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
+    let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half);
+    _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(PREFETCH_BYTES).cast());
+    // SAFETY: 64 bytes at `bytes`, by the caller's promise.
+    unsafe { [_mm256_loadu_si256(bytes.cast()), _mm256_loadu_si256(bytes.add(32).cast())] }
+}
+
+/// Four codes, in every lane.
+///
+/// # Safety
+/// `codes` must hold the word of index `word`.
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    _mm256_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
+}
+
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+fn store_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
+    let out = &mut out[16 * half..][..16];
+    // SAFETY: 2 x 8 sums of 4 bytes.
+    unsafe {
+        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
+        _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), quarters[1]);
+    }
+}
