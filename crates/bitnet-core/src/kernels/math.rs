@@ -21,7 +21,7 @@ pub fn exp(x: f32) -> f32 {
     // e^r = 1 + r + r^2 P(r); P interpolates at the Chebyshev nodes, relative error 8e-10
     let p = 0.000_198_910_8_f32;
     let p = p.mul_add(r, 0.001_393_373_1);
-    let p = p.mul_add(r, 0.008_333_310);
+    let p = p.mul_add(r, 0.008_333_31);
     let p = p.mul_add(r, 0.041_666_463);
     let p = p.mul_add(r, 0.166_666_67);
     let p = p.mul_add(r, 0.5);
@@ -54,7 +54,7 @@ pub fn ln(x: f32) -> f32 {
     let p = p.mul_add(f, -0.166_678_03);
     let p = p.mul_add(f, 0.200_007_16);
     let p = p.mul_add(f, -0.249_999_97);
-    let p = p.mul_add(f, 0.333_333_31);
+    let p = p.mul_add(f, 0.333_333_3);
     let square = f * f;
     let tail = (p * f).mul_add(square, square.mul_add(-0.5, n * LN2_LOW));
     let value = n.mul_add(LN2_HIGH, tail + f);

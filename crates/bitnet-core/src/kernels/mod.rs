@@ -2,7 +2,7 @@
 //! line of floating point that follows every integer product.
 //!
 //! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
-//! the same bits: the products are exact integers, and [`epilogue`] is the same for all.
+//! the same bits: the products are exact integers, and the epilogue is the same for all.
 
 mod isa;
 pub mod math;

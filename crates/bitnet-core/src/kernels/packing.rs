@@ -41,6 +41,9 @@ impl PackedLayout {
     }
 }
 
+/// Where weights come from: writes the -1, 0, +1 of a row, given by its index, into the slice, one per column.
+pub type DecodeRow<'d, E> = dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync + 'd;
+
 /// A ternary matrix in the layout of one kernel, with its scale.
 #[derive(Debug)]
 pub struct PackedTernary {
@@ -52,7 +55,7 @@ pub struct PackedTernary {
 }
 
 impl PackedTernary {
-    /// Packs a matrix `[rows, cols]` whose row `r` `decode_row(r, codes)` writes as weights -1, 0, +1, in parallel on `pool`.
+    /// Packs a matrix `[rows, cols]` that `decode_row` gives row by row, in parallel on `pool`.
     ///
     /// # Errors
     /// The error of the lowest row that could not be decoded.
@@ -65,7 +68,7 @@ impl PackedTernary {
         scale: f32,
         layout: PackedLayout,
         pool: &mut WorkerPool,
-        decode_row: &(dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync),
+        decode_row: &DecodeRow<'_, E>,
     ) -> Result<Self, E> {
         assert!(rows > 0 && (1..=MAX_COLS).contains(&cols), "cannot pack a matrix of {rows} x {cols}");
         let panel_bytes = layout.panel_bytes(cols);
@@ -183,7 +186,7 @@ fn decode_panel<E>(
     rows: Range<usize>,
     cols: usize,
     codes: &mut [i8],
-    decode_row: &(dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync),
+    decode_row: &DecodeRow<'_, E>,
 ) -> Result<(), (usize, E)> {
     for (index, codes) in codes.chunks_exact_mut(cols.next_multiple_of(COLUMN_TILE)).enumerate() {
         codes.fill(0);

@@ -148,8 +148,8 @@ impl<'a> ColumnsMut<'a> {
     /// `columns` must lie inside this window, and nobody else may use them while the result lives.
     unsafe fn window_unchecked<'w>(&self, columns: Range<usize>) -> ColumnsMut<'w> {
         ColumnsMut {
-            // SAFETY: the first column lies inside the matrix, or one past its last column for an empty window. With no
-            // rows the pointer is never used; `wrapping_add` keeps even that case defined.
+            // With no rows there may be no memory behind the pointer: it is never used then, and `wrapping_add` keeps
+            // even its computation defined.
             data: self.data.wrapping_add(columns.start),
             num_rows: self.num_rows,
             num_columns: columns.len(),

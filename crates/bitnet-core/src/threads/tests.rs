@@ -1,4 +1,5 @@
 //! The pool: every worker once per run, panics passed on, idle workers parked; and claims that cannot overlap.
+#![allow(clippy::unwrap_used)]
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

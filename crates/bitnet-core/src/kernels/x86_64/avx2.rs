@@ -102,12 +102,12 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
                 for plane in 0..4 {
                     let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                     quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
-                    for token in 0..N {
+                    for (token, narrow) in narrow.iter_mut().enumerate() {
                         // SAFETY: 16 codes a tile and token, asserted above.
                         let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                         for quarter in 0..2 {
                             let pairs = _mm256_maddubs_epi16(weights[quarter], x);
-                            narrow[token][quarter] = _mm256_add_epi16(narrow[token][quarter], pairs);
+                            narrow[quarter] = _mm256_add_epi16(narrow[quarter], pairs);
                         }
                     }
                 }

@@ -127,11 +127,11 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
         for plane in 0..4 {
             let weights = halves.map(|half| _mm512_and_si512(half, mask));
             halves = halves.map(|half| _mm512_srli_epi16::<2>(half));
-            for token in 0..N {
+            for (token, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: 16 codes a tile and token, asserted above.
                 let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                 for half in 0..2 {
-                    sums[token][half] = _mm512_dpbusd_epi32(sums[token][half], weights[half], x);
+                    sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
                 }
             }
         }

@@ -119,11 +119,11 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
             for plane in 0..4 {
                 let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
-                for token in 0..N {
+                for (token, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: 16 codes a tile and token, asserted above.
                     let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                     for quarter in 0..2 {
-                        sums[token][quarter] = _mm256_dpbusd_avx_epi32(sums[token][quarter], weights[quarter], x);
+                        sums[quarter] = _mm256_dpbusd_avx_epi32(sums[quarter], weights[quarter], x);
                     }
                 }
             }
