@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bitnet_core::sampling::SamplingParams;
+use bitnet_core::{TokenId, sampling::SamplingParams};
 use serde::Serialize;
 use tokio::sync::Mutex;
 
@@ -138,7 +138,7 @@ impl Service {
 
     async fn generate_one(&self, arrival: Instant) -> Result<usize, SubmitError> {
         let place = self.engine.reserve()?;
-        let start = self.tokenizer().bos().or(self.stop_tokens.first().copied()).unwrap_or_default();
+        let start = self.tokenizer().bos().or(self.stop_tokens.first().copied()).unwrap_or(TokenId(0));
         let mut streams = place.submit(GenerationRequest {
             prompt: vec![start],
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
