@@ -4,12 +4,34 @@
 
 mod tokenizer_support;
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use bitnet_core::{Tokenizer, tokenizer::EncodeOptions};
+use bitnet_core::{TokenId, Tokenizer};
+use bitnet_server::prompt::{ChatMessage, ChatOptions, ChatPrompter};
 use tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json, typed};
 
 const BOS: u32 = 128_000;
+const END_OF_TEXT: u32 = 128_001;
+const EOT: u32 = 128_009;
+
+#[derive(serde::Deserialize)]
+struct ChatVector {
+    messages: Vec<Message>,
+    add_generation_prompt: bool,
+    text: String,
+    ids: Vec<u32>,
+    gguf_template_text: String,
+}
+
+#[derive(serde::Deserialize)]
+struct Message {
+    role: String,
+    content: String,
+}
 
 #[derive(serde::Deserialize)]
 struct DecodeVector {
@@ -21,9 +43,7 @@ struct DecodeVector {
 #[test]
 fn real_tokenizer_vectors() {
     let Some(directory) = std::env::var_os("BITNET_TEST_TOKENIZER_DIR").map(PathBuf::from) else {
-        println!(
-            "real_tokenizer: the 128k tokenizer's vectors were not part of this run (BITNET_TEST_TOKENIZER_DIR is not set)"
-        );
+        say("the 128k tokenizer's vectors were not part of this run (BITNET_TEST_TOKENIZER_DIR is not set)");
         return;
     };
     for (source, tokenizer) in both_sources(&directory.join("tokenizer.json"), BOS) {
@@ -34,20 +54,42 @@ fn real_tokenizer_vectors() {
             check_vectors(&format!("{source}, {file}"), &tokenizer, &vectors);
             counts.push(vectors.len());
         }
-        counts.push(check_chats(source, &tokenizer, &directory));
         counts.push(check_decoding(source, &tokenizer, &directory));
-        assert_eq!(counts, [46, 46, 300, 22, 140], "{source}");
-        println!("real_tokenizer: from {source}: {counts:?} vectors agree");
+        counts.push(check_chats(source, &Arc::new(tokenizer), &directory));
+        assert_eq!(counts, [46, 46, 300, 140, 22], "{source}");
+        say(&format!("from {source}: {counts:?} vectors agree"));
     }
 }
 
-fn check_chats(source: &str, tokenizer: &Tokenizer, directory: &Path) -> usize {
-    let vectors: Vec<Vector> = read_json(&directory.join("chat_vectors.json"));
-    let options = EncodeOptions { add_special_tokens: true, parse_special: true };
-    for Vector { text, ids } in &vectors {
-        assert_eq!(&raw(&tokenizer.encode(text, options).expect("encodes")), ids, "{source}: {text:?}");
+/// Rendered text and ids of every conversation, with the model's own template and with the one in the published GGUF.
+fn check_chats(source: &str, tokenizer: &Arc<Tokenizer>, directory: &Path) -> usize {
+    let prompter = |template: &str, eos: u32| {
+        let template = std::fs::read_to_string(directory.join(template)).expect("the template can be read");
+        ChatPrompter::new(tokenizer.clone(), Some(&template), Some(TokenId(BOS)), Some(TokenId(eos))).expect("compiles")
+    };
+    let model = prompter("chat_template.hf.jinja", EOT);
+    let gguf = prompter("chat_template.gguf.jinja", END_OF_TEXT);
+    let vectors: Vec<ChatVector> = read_json(&directory.join("chat_vectors.json"));
+    for ChatVector { messages, add_generation_prompt, text, ids, gguf_template_text } in &vectors {
+        let messages: Vec<ChatMessage> = messages.iter().map(chat_message).collect();
+        let options = ChatOptions { add_generation_prompt: *add_generation_prompt, ..ChatOptions::default() };
+        assert_eq!(&model.render_chat(&messages, &options).expect("renders"), text, "{source}");
+        assert_eq!(&gguf.render_chat(&messages, &options).expect("renders"), gguf_template_text, "{source}");
+        assert_eq!(&raw(&model.encode_text(text, true).expect("encodes")), ids, "{source}: {text:?}");
+        let chat_ids = raw(&model.encode_chat(&messages, &options).expect("encodes"));
+        if text.contains("injection") {
+            // Differs on purpose: the user's special tokens are text, the one that ends the turn is not.
+            assert_eq!(chat_ids.iter().filter(|&&id| id == EOT).count(), 1, "{source}: {chat_ids:?}");
+            assert_eq!(&tokenizer.decode(&typed(&chat_ids[1..]), false), text, "{source}");
+        } else {
+            assert_eq!(&chat_ids, ids, "{source}: {text:?}");
+        }
     }
     vectors.len()
+}
+
+fn chat_message(Message { role, content }: &Message) -> ChatMessage {
+    ChatMessage { role: role.clone(), content: content.clone(), ..ChatMessage::default() }
 }
 
 fn check_decoding(source: &str, tokenizer: &Tokenizer, directory: &Path) -> usize {
@@ -57,4 +99,9 @@ fn check_decoding(source: &str, tokenizer: &Tokenizer, directory: &Path) -> usiz
         assert_eq!(&tokenizer.decode(&typed(ids), true), text_skip_special, "{source}: {ids:?}, special skipped");
     }
     vectors.len()
+}
+
+/// A line that the test harness does not hold back.
+fn say(line: &str) {
+    writeln!(std::io::stderr(), "real_tokenizer: {line}").expect("stderr is open");
 }

@@ -87,9 +87,12 @@ fn byte_level(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Parts,
 }
 
 fn sentence_piece(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Parts, TokenizerError> {
-    let vocab = vocab(vocabulary, kinds, |kind| kind != TokenKind::Control);
     let merges = merges_by_score(vocabulary, kinds)?;
-    let options = BpeOptions { byte_fallback: true, ..BpeOptions::default() };
+    let mut vocab = vocab(vocabulary, kinds, |kind| kind != TokenKind::Control);
+    let unknown = vocabulary.unknown.map(|id| (vocabulary.tokens[id.index()].clone(), id.0));
+    vocab.extend(unknown.clone());
+    let unknown = unknown.map(|(text, _)| text);
+    let options = BpeOptions { byte_fallback: true, unknown, fuse_unknown: true, ..BpeOptions::default() };
     let model = bpe(vocab, merges, &options)?;
     let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE.to_string()});
     let prefix = json!({"type": "Prepend", "prepend": SPACE.to_string()});
@@ -224,3 +227,153 @@ const QWEN2_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tokenizer::{EncodeOptions, Tokenizer, parts::tests::byte_vocabulary};
+
+    const READ: EncodeOptions = EncodeOptions { add_special_tokens: true, parse_special: true };
+    const PLAIN: EncodeOptions = EncodeOptions { add_special_tokens: false, parse_special: false };
+
+    fn load(vocabulary: &GgufVocabulary) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::from_parts(build(vocabulary)?)
+    }
+
+    fn encode(tokenizer: &Tokenizer, text: &str, options: EncodeOptions) -> Vec<u32> {
+        tokenizer.encode(text, options).unwrap().into_iter().map(|id| id.0).collect()
+    }
+
+    /// `<unk> <s> </s>`, 256 byte tokens from 3, and a handful of pieces from 259.
+    fn llama_vocabulary() -> GgufVocabulary {
+        let control = ["<unk>", "<s>", "</s>"].map(|text| (text.to_owned(), 0.0, 3));
+        let bytes = (0..=255u8).map(|byte| (format!("<0x{byte:02X}>"), 0.0, 6));
+        let pieces = ["▁", "t", "h", "e", "▁t", "he", "▁the", "th", "▁th"];
+        let scores = [-9.0, -9.0, -9.0, -9.0, -1.0, -2.0, -3.0, -4.0, -5.0];
+        let pieces = pieces.into_iter().zip(scores).map(|(text, score)| (text.to_owned(), score, 1));
+        let all: Vec<(String, f32, i32)> = control.into_iter().chain(bytes).chain(pieces).collect();
+        GgufVocabulary {
+            model: "llama".to_owned(),
+            tokens: all.iter().map(|(text, ..)| text.clone()).collect(),
+            scores: all.iter().map(|(_, score, _)| *score).collect(),
+            token_types: all.iter().map(|(.., token_type)| *token_type).collect(),
+            bos: Some(TokenId(1)),
+            eos: Some(TokenId(2)),
+            unknown: Some(TokenId(0)),
+            add_bos: true,
+            add_space_prefix: true,
+            ..GgufVocabulary::default()
+        }
+    }
+
+    #[test]
+    fn sentence_piece_merges_by_score_and_falls_back_to_bytes() {
+        let tokenizer = load(&llama_vocabulary()).unwrap();
+        // ▁t, then he, then ▁t+he; th never gets its turn.
+        assert_eq!(encode(&tokenizer, "the", READ), [1, 265]);
+        assert_eq!(encode(&tokenizer, "the the", PLAIN), [265, 265]);
+        assert_eq!(encode(&tokenizer, "é", PLAIN), [259, 3 + 0xC3, 3 + 0xA9]);
+        assert_eq!(encode(&tokenizer, "the</s>", READ), [1, 265, 2]);
+        assert!(!encode(&tokenizer, "the</s>", PLAIN).contains(&2));
+        let ids: Vec<TokenId> = [1, 265, 259, 3 + 0xC3, 3 + 0xA9, 2].map(TokenId).to_vec();
+        assert_eq!(tokenizer.decode(&ids, true), "the é");
+        assert_eq!(tokenizer.decode(&ids, false), "<s> the é</s>");
+        assert_eq!(tokenizer.token_bytes(TokenId(3 + 0xC3)), [0xC3]);
+        assert_eq!(tokenizer.token_bytes(TokenId(265)), b" the");
+    }
+
+    #[test]
+    fn sentence_piece_without_space_prefix_keeps_texts_as_they_are() {
+        let tokenizer = load(&GgufVocabulary { add_space_prefix: false, ..llama_vocabulary() }).unwrap();
+        assert_eq!(encode(&tokenizer, "the", PLAIN), [260, 264]);
+        assert_eq!(tokenizer.decode(&[TokenId(265)], false), " the");
+    }
+
+    #[test]
+    fn types_make_tokens_special_user_defined_or_plain() {
+        let mut vocabulary = byte_vocabulary();
+        vocabulary.tokens.extend(["<|end|>", "<tool>"].map(str::to_owned));
+        vocabulary.token_types = vec![1; 256];
+        vocabulary.token_types.extend([3, 4]);
+        let tokenizer = load(&vocabulary).unwrap();
+        assert_eq!(encode(&tokenizer, "<|end|><tool>", READ), [256, 257]);
+        let plain = encode(&tokenizer, "<|end|><tool>", PLAIN);
+        assert_eq!(plain, [b"<|end|>".map(u32::from).as_slice(), &[257]].concat());
+        assert!(tokenizer.is_special(TokenId(256)) && !tokenizer.is_special(TokenId(257)));
+        assert_eq!(tokenizer.bos(), None);
+        assert_eq!(tokenizer.special_texts().collect::<Vec<_>>(), ["<|end|>"]);
+    }
+
+    #[test]
+    fn ignore_merges_takes_a_whole_piece_that_no_merge_reaches() {
+        let mut vocabulary = byte_vocabulary();
+        vocabulary.tokens.extend(["th", "the"].map(str::to_owned));
+        vocabulary.merges = vec!["t h".to_owned()];
+        assert_eq!(encode(&load(&vocabulary).unwrap(), "the", PLAIN), [257]);
+        vocabulary.pre = Some("smaug-bpe".to_owned());
+        assert_eq!(encode(&load(&vocabulary).unwrap(), "the", PLAIN), [256, u32::from(b'e')]);
+    }
+
+    #[test]
+    fn inconsistent_vocabularies_are_refused_with_a_reason() {
+        let cases: [(&str, fn(&mut GgufVocabulary)); 14] = [
+            ("\"bert\"", |v| v.model = "bert".to_owned()),
+            ("\"chameleon\"", |v| (v.model, v.pre) = ("gpt2".to_owned(), Some("chameleon".to_owned()))),
+            ("missing or empty", |v| v.tokens.clear()),
+            ("267 token types", |v| v.token_types.truncate(267)),
+            ("unknown type -7", |v| v.token_types[9] = -7),
+            ("5 scores", |v| v.scores.truncate(5)),
+            ("0 scores", |v| v.scores.clear()),
+            ("tokens 3 and 9 are both", |v| v.tokens[9] = v.tokens[3].clone()),
+            ("<0x-1>", |v| v.tokens[9] = "<0x-1>".to_owned()),
+            ("bos_token_id is 268", |v| v.bos = Some(TokenId(268))),
+            ("eos_token_id is 4294967295", |v| v.eos = Some(TokenId(u32::MAX))),
+            ("no bos_token_id", |v| v.bos = None),
+            ("300 bytes", |v| v.tokens[262] = "e".repeat(300)),
+            ("names \"zz\"", |v| (v.model, v.merges) = ("gpt2".to_owned(), vec!["h zz".to_owned()])),
+        ];
+        for (reason, break_it) in cases {
+            let mut vocabulary = llama_vocabulary();
+            break_it(&mut vocabulary);
+            let error = load(&vocabulary).expect_err(reason).to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_text_survives_sentence_piece(text in "[the ]{0,24}|\\PC{0,24}") {
+            // SentencePiece cannot tell U+2581 from a space.
+            prop_assume!(!text.contains('\u{2581}'));
+            for add_space_prefix in [true, false] {
+                let tokenizer = load(&GgufVocabulary { add_space_prefix, ..llama_vocabulary() }).unwrap();
+                let ids = tokenizer.encode(&text, PLAIN).unwrap();
+                prop_assert_eq!(tokenizer.decode(&ids, false), text.clone());
+            }
+        }
+
+        #[test]
+        fn broken_metadata_is_an_error_or_a_tokenizer_but_never_a_panic(
+            tokens in proptest::collection::vec("[ab▁<>x0Ġ ]{0,6}|<0x[0-9A-F-]{1,3}>", 0..24),
+            token_types in proptest::collection::vec(0i32..8, 0..24),
+            merges in proptest::collection::vec("[ab▁ Ġ]{0,6}", 0..6),
+            same_length: bool,
+            special in 0u32..32,
+            llama: bool,
+        ) {
+            let scores = vec![f32::NAN; tokens.len()];
+            let token_types = if same_length { vec![1; tokens.len()] } else { token_types };
+            let model = if llama { "llama" } else { "gpt2" }.to_owned();
+            let id = Some(TokenId(special));
+            let vocabulary = GgufVocabulary { model, tokens, token_types, scores, merges, bos: id, unknown: id, add_bos: special % 2 == 0, ..GgufVocabulary::default() };
+            if let Ok(tokenizer) = load(&vocabulary) {
+                let ids = tokenizer.encode("ab <0x41> a▁b", READ).unwrap();
+                let _text = tokenizer.decode(&ids, false);
+            }
+        }
+    }
+}

@@ -178,7 +178,7 @@ fn classify(error: &Error) -> TemplateError {
         causes().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::FileTooLarge)
     };
     if kinds().any(|kind| kind == ErrorKind::OutOfFuel) {
-        TemplateError::Limit("more than a million steps")
+        TemplateError::Limit("more than half a million steps")
     } else if kinds().any(|kind| kind == ErrorKind::WriteFailure) || too_large() {
         TemplateError::Limit("more than 16 MiB of output")
     } else {
@@ -197,8 +197,8 @@ const NAME: &str = "chat";
 /// The longest published templates have about 20 KiB.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 
-/// A template takes 20 to 200 steps a message; a million take about 30 ms.
-const MAX_STEPS: u64 = 1_000_000;
+/// A template takes 15 to 100 steps a message; half a million take about 12 ms.
+const MAX_STEPS: u64 = 500_000;
 
 /// Macros, loops and includes within one another. Real templates stay below 10.
 const MAX_RECURSION: usize = 64;
@@ -207,7 +207,7 @@ const MAX_RECURSION: usize = 64;
 const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
 /// Address space, not memory: what is not touched costs nothing.
-const STACK_BYTES: usize = 512 << 20;
+const STACK_BYTES: usize = 256 << 20;
 
 #[cfg(test)]
 mod tests {
