@@ -16,6 +16,8 @@ use bitnet_core::{
 };
 use tokio::sync::mpsc;
 
+use crate::metrics::Metrics;
+
 /// A validated request in token ids: the only thing the engine understands.
 #[derive(Clone, Debug)]
 pub struct GenerationRequest {
@@ -160,7 +162,7 @@ impl SequenceStream {
 pub struct EngineStatus {
     /// Sequences being computed.
     pub running: usize,
-    /// Requests waiting: reserved, submitted or preempted out of the batch.
+    /// Requests waiting, from the moment their place is reserved.
     pub waiting: usize,
     /// Most requests that may wait.
     pub max_waiting: usize,
@@ -249,8 +251,11 @@ impl QueuePlace {
     fn take(shared: &Arc<Shared>) -> Option<Self> {
         shared
             .waiting
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |taken| (taken < shared.max_waiting).then_some(taken + 1))
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |taken| {
+                (taken < shared.max_waiting).then_some(taken + 1)
+            })
             .ok()?;
+        shared.publish_waiting();
         Some(Self(Arc::clone(shared)))
     }
 }
@@ -258,12 +263,14 @@ impl QueuePlace {
 impl Drop for QueuePlace {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.0.publish_waiting();
     }
 }
 
 /// What the two sides share: counters and flags, no data.
 #[derive(Debug)]
 pub(super) struct Shared {
+    metrics: Arc<Metrics>,
     max_waiting: usize,
     max_model_len: usize,
     waiting: AtomicUsize,
@@ -271,14 +278,15 @@ pub(super) struct Shared {
     pub(super) alive: AtomicBool,
     stopping: AtomicBool,
     pub(super) retry_after_seconds: AtomicU32,
-    /// Milliseconds from `origin` to the end of the last step (or the moment work came), plus one; 0 when idle.
+    /// Milliseconds from `origin` to the start of the round in progress, plus one; 0 when idle.
     busy_since_ms: AtomicU64,
     origin: Instant,
 }
 
 impl Shared {
-    pub(super) fn new(max_waiting: usize, max_model_len: usize) -> Self {
+    pub(super) fn new(max_waiting: usize, max_model_len: usize, metrics: Arc<Metrics>) -> Self {
         Self {
+            metrics,
             max_waiting,
             max_model_len,
             waiting: AtomicUsize::new(0),
@@ -291,12 +299,17 @@ impl Shared {
         }
     }
 
+    /// The gauge follows the places themselves: the engine may be deep in a step when they change.
+    pub(super) fn publish_waiting(&self) {
+        self.metrics.set_waiting(self.waiting.load(Ordering::Acquire));
+    }
+
     /// Whether a shutdown was asked for.
     pub(super) fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// The heartbeat: called before each step, and with `false` when there is nothing to do.
+    /// The heartbeat: before each round, so after each step, and with `false` when there is nothing to do.
     pub(super) fn beat(&self, busy: bool) {
         let now_ms = self.origin.elapsed().as_millis() as u64;
         self.busy_since_ms.store(if busy { now_ms + 1 } else { 0 }, Ordering::Relaxed);

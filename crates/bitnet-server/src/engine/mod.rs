@@ -1,13 +1,21 @@
 //! The engine: one thread owns the model, the KV cache, the scheduler and the block pool; everything else talks to it
 //! through [`handle::EngineHandle`]. Below this line nothing knows text, JSON or HTTP.
 //!
-//! `Sequence -> ScheduledBatch -> core::Batch -> logits -> TokenId -> SequenceEvent`
+//! `GenerationRequest -> Sequence -> ScheduledBatch -> core::Batch -> logits -> TokenId -> SequenceEvent`
+//!
+//! The policy is in [`scheduler`], the arithmetic behind [`executor::Executor`]; each can be read and changed alone.
 
+pub mod block_pool;
+pub mod executor;
 pub mod handle;
+mod pace;
+pub mod scheduler;
+pub mod sequence;
+mod start;
 mod thread;
 
 pub use handle::{
     EngineError, EngineHandle, EngineStatus, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent,
     SequenceStream, SubmitError, SubmitPermit, TokenEvent,
 };
-pub use thread::{Engine, EngineConfig, EngineEnd, EngineThread, StartError};
+pub use start::{Engine, EngineConfig, EngineEnd, EngineThread, StartError};

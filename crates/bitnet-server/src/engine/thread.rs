@@ -1,73 +1,325 @@
-//! The engine thread: drain, drop cancelled, schedule, execute, update, emit.
+//! The engine thread: drain, drop cancelled, schedule, execute, update, emit. One owner of model, cache and scheduler; what
+//! it knows of the clients is one event channel each. The policy is the scheduler's, the arithmetic the executor's.
 
-use bitnet_core::{Model, kv_cache::KvDtype, threads::WorkerPool};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
-use super::EngineHandle;
+use bitnet_core::sampling::TokenLogprobs;
+use tokio::sync::mpsc::{self, error::TryRecvError};
 
-/// What the engine may use.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Most sequences computed in one step.
-    pub max_num_seqs: usize,
-    /// Most rows computed in one step, prompt chunks and generated tokens together.
-    pub max_num_batched_tokens: usize,
-    /// Most requests that may wait.
-    pub max_queue: usize,
-    /// Most tokens of a sequence, prompt and output together.
-    pub max_model_len: usize,
-    /// Blocks of the KV cache; one full context has to fit.
-    pub num_kv_blocks: usize,
-    /// Type of the KV cache.
-    pub kv_dtype: KvDtype,
+use super::{
+    EngineConfig, EngineError, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent, TokenEvent,
+    executor::{Executor, StepOutput},
+    handle::{Command, QueuePlace, Shared, Submission},
+    pace::Pace,
+    scheduler::{Scheduler, SchedulerLimits, Share},
+    sequence::{Sequence, SequenceId},
+};
+use crate::metrics::{Metrics, StepPhase};
+
+/// The loop's state: everything the engine thread owns.
+pub(super) struct EngineLoop<E> {
+    executor: E,
+    scheduler: Scheduler,
+    /// One for each sequence in the scheduler.
+    clients: HashMap<SequenceId, Client>,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
+    max_model_len: usize,
+    next_id: u64,
+    pace: Pace,
 }
 
-/// Starts engines.
-#[derive(Debug)]
-pub struct Engine;
+/// Whom a sequence answers to, and how far it has come.
+struct Client {
+    events: mpsc::Sender<SequenceEvent>,
+    request: Arc<GenerationRequest>,
+    /// Held until the sequence starts.
+    place: Option<Arc<QueuePlace>>,
+    /// When the first step of the sequence began.
+    started: Option<Instant>,
+    /// When the last token of the prompt was computed.
+    prompt_done: Option<Instant>,
+    prompt_logprobs: PromptLogprobs,
+}
 
-impl Engine {
-    /// Allocates the KV cache and the workspace, starts the thread, runs one token through it and returns. Blocks for
-    /// that long: call it from a thread that may wait.
-    ///
-    /// # Errors
-    /// [`StartError`].
-    pub fn start(
-        model: Model,
-        pool: WorkerPool,
-        config: EngineConfig,
-    ) -> Result<(EngineHandle, EngineThread), StartError> {
-        let _ = (model, pool, config);
-        unimplemented!()
+/// What came out of one share, free of the scheduler's borrows.
+struct Progress {
+    id: SequenceId,
+    start: usize,
+    num_tokens: usize,
+    output: Result<StepOutput, EngineError>,
+}
+
+impl<E: Executor> EngineLoop<E> {
+    pub(super) fn new(
+        executor: E,
+        config: &EngineConfig,
+        commands: mpsc::Receiver<Command>,
+        shared: Arc<Shared>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let scheduler = Scheduler::new(SchedulerLimits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            num_blocks: config.num_kv_blocks,
+            max_waiting: config.max_queue,
+        });
+        Self {
+            executor,
+            scheduler,
+            clients: HashMap::new(),
+            commands,
+            shared,
+            metrics,
+            max_model_len: config.max_model_len,
+            next_id: 0,
+            pace: Pace::default(),
+        }
+    }
+
+    /// Works until a shutdown, or until every handle is gone and all work is done.
+    pub(super) fn run(mut self) {
+        // Dropped before the loop's state: nobody sees a stream end while the engine still says that it lives.
+        let _end = EndOfEngine(Arc::clone(&self.shared));
+        loop {
+            self.drain();
+            if self.shared.stopping() {
+                return self.fail_all(EngineError::ShuttingDown);
+            }
+            if !self.clients.is_empty() {
+                self.turn(Instant::now());
+                continue;
+            }
+            self.shared.beat(false);
+            self.publish();
+            match self.commands.blocking_recv() {
+                Some(command) => self.take(command),
+                None => return,
+            }
+        }
+    }
+
+    /// Takes submissions over while the scheduler has room: what waits beyond that stays in the channel.
+    fn drain(&mut self) {
+        while self.scheduler.has_room() {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        let Command::Submit(Submission { request, events, place }) = command else { return };
+        let fits = self.fits(&request);
+        for (choice, events) in (0..).zip(events) {
+            if !fits {
+                say(&events, SequenceEvent::Failed(EngineError::Invalid));
+                continue;
+            }
+            let id = SequenceId(self.next_id);
+            self.next_id += 1;
+            self.scheduler.add(Sequence::new(id, Arc::clone(&request), choice));
+            let client = Client {
+                events,
+                request: Arc::clone(&request),
+                place: Some(Arc::clone(&place)),
+                started: None,
+                prompt_done: None,
+                prompt_logprobs: Vec::new(),
+            };
+            self.clients.insert(id, client);
+        }
+    }
+
+    /// Whether the request can be computed at all; the service checks this before, with better words.
+    fn fits(&self, request: &GenerationRequest) -> bool {
+        let num_tokens = request.prompt.len() + request.max_tokens.min(1);
+        let in_vocabulary = |&id: &bitnet_core::TokenId| id.index() < self.executor.vocab_size();
+        !request.prompt.is_empty() && num_tokens <= self.max_model_len && request.prompt.iter().all(in_vocabulary)
+    }
+
+    /// One round with work to do.
+    fn turn(&mut self, now: Instant) {
+        self.shared.beat(true);
+        self.drop_gone(now);
+        self.step();
+    }
+
+    /// Sequences nobody listens to any more, and those out of time.
+    fn drop_gone(&mut self, now: Instant) {
+        let Self { clients, scheduler, .. } = self;
+        clients.retain(|&id, client| {
+            let cancelled = client.events.is_closed();
+            let late = client.request.deadline <= now;
+            if late {
+                say(&client.events, SequenceEvent::Failed(EngineError::Timeout));
+            }
+            if cancelled || late {
+                scheduler.remove(id);
+            }
+            !cancelled && !late
+        });
+    }
+
+    fn step(&mut self) {
+        let batch = self.scheduler.schedule();
+        if batch.shares.is_empty() {
+            return;
+        }
+        let began = Instant::now();
+        let phase = phase_of(&batch.shares);
+        for share in &batch.shares {
+            if let Some(client) = self.clients.get_mut(&share.sequence.id) {
+                client.start(began, &self.metrics);
+            }
+        }
+        let outputs = self.executor.execute(&batch);
+        assert_eq!(outputs.len(), batch.shares.len(), "one output a share");
+        let progress: Vec<Progress> = batch.shares.iter().zip(outputs).map(Progress::new).collect();
+
+        let seconds = began.elapsed().as_secs_f64();
+        self.metrics.record_step(phase, seconds, progress.len());
+        self.pace.step(progress.iter().map(|progress| progress.num_tokens).sum(), seconds);
+        progress.into_iter().for_each(|progress| self.update(progress));
+        self.publish();
+    }
+
+    /// Brings one sequence up to date and tells its client.
+    fn update(&mut self, progress: Progress) {
+        let Progress { id, start, num_tokens, output } = progress;
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let end = match output {
+            Ok(StepOutput { prompt_logprobs, token }) => {
+                let sequence = self.scheduler.advance(id, num_tokens, token.as_ref().map(|event| event.token));
+                client.prompt_computed(start, prompt_logprobs, sequence, &self.metrics);
+                let finish = finish_reason(sequence, token.as_ref(), self.max_model_len);
+                token.into_iter().for_each(|token| say(&client.events, SequenceEvent::Token(token)));
+                finish.map(SequenceEvent::Finished)
+            }
+            Err(error) => Some(SequenceEvent::Failed(error)),
+        };
+        if let Some(end) = end {
+            say(&client.events, end);
+            if let Some(prompt_done) = client.prompt_done {
+                self.metrics.observe_decode(prompt_done.elapsed().as_secs_f64());
+            }
+            self.clients.remove(&id);
+            if let Some(sequence) = self.scheduler.remove(id) {
+                self.pace.finished(sequence.tokens.len());
+            }
+        }
+    }
+
+    /// What others read about the engine.
+    fn publish(&self) {
+        let running = self.scheduler.running();
+        let blocks = self.scheduler.blocks();
+        self.shared.running.store(running.len(), Ordering::Relaxed);
+        let tokens_left = |sequence: &Sequence| {
+            let most = sequence.prompt_len().saturating_add(sequence.request.max_tokens).min(self.max_model_len);
+            most.saturating_sub(sequence.num_computed_tokens)
+        };
+        // The running sequences share the speed, so as the first of them ends the others have come as far.
+        let until_a_place = running.iter().map(tokens_left).min().unwrap_or(0) * running.len();
+        self.shared.retry_after_seconds.store(self.pace.retry_after_seconds(until_a_place), Ordering::Relaxed);
+        self.shared.publish_waiting();
+        self.metrics.set_running(running.len());
+        self.metrics.set_kv_blocks(blocks.num_free(), blocks.num_blocks() - blocks.num_free(), 0);
+        self.metrics.set_queued_prompt_tokens(self.scheduler.waiting().map(Sequence::prompt_len).sum());
+    }
+
+    /// The end of everything that is left, in the scheduler and in the channel.
+    fn fail_all(&mut self, error: EngineError) {
+        self.commands.close();
+        while let Ok(command) = self.commands.try_recv() {
+            self.take(command);
+        }
+        for (id, client) in self.clients.drain() {
+            self.scheduler.remove(id);
+            say(&client.events, SequenceEvent::Failed(error));
+        }
+        self.publish();
     }
 }
 
-/// Why an engine could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// A limit that leaves no room for work; usually a setting of 0, or a KV cache too small for one context.
-    #[error("{0}")]
-    Config(String),
-    /// The operating system refused the memory of the KV cache, or the thread.
-    #[error("the engine could not start: {0}")]
-    Io(#[from] std::io::Error),
-}
+impl Client {
+    fn start(&mut self, now: Instant, metrics: &Metrics) {
+        self.place = None;
+        if self.started.is_none() {
+            self.started = Some(now);
+            metrics.observe_queue(now.saturating_duration_since(self.request.arrival).as_secs_f64());
+        }
+    }
 
-/// The engine thread as the binary sees it: something to wait for.
-#[derive(Debug)]
-pub struct EngineThread {}
-
-impl EngineThread {
-    /// Waits until the thread has ended. Cancel-safe.
-    pub async fn stopped(&mut self) -> EngineEnd {
-        unimplemented!()
+    /// Collects prompt log-probabilities of a share that began at `start`, and says when the prompt is complete, once.
+    fn prompt_computed(&mut self, start: usize, scored: Vec<TokenLogprobs>, sequence: &Sequence, metrics: &Metrics) {
+        if self.prompt_done.is_some() {
+            return;
+        }
+        let wanted = self.request.prompt_logprobs.is_some();
+        if wanted {
+            // Entry i belongs to token i and comes from the row before it. A preempted prompt says its rows again.
+            self.prompt_logprobs.truncate(start + 1);
+            self.prompt_logprobs.resize(start + 1, None);
+            self.prompt_logprobs.extend(scored.into_iter().map(Some));
+        }
+        if sequence.is_prompt_computed() {
+            let now = Instant::now();
+            self.prompt_done = Some(now);
+            let seconds = self.started.map_or(0.0, |started| (now - started).as_secs_f64());
+            metrics.observe_prefill(seconds);
+            let logprobs = wanted.then(|| std::mem::take(&mut self.prompt_logprobs));
+            say(&self.events, SequenceEvent::PromptDone { cached_tokens: 0, logprobs });
+        }
     }
 }
 
-/// Why the engine thread ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EngineEnd {
-    /// A shutdown was asked for, or every handle was dropped.
-    Shutdown,
-    /// It panicked: the process has to exit with 70.
-    Died(String),
+impl Progress {
+    fn new((share, output): (&Share<'_>, Result<StepOutput, EngineError>)) -> Self {
+        let sequence = share.sequence;
+        Self { id: sequence.id, start: sequence.num_computed_tokens, num_tokens: share.num_tokens, output }
+    }
+}
+
+/// Whether the sequence is complete, after `token` if one was drawn.
+fn finish_reason(sequence: &Sequence, token: Option<&TokenEvent>, max_model_len: usize) -> Option<FinishReason> {
+    let request = &sequence.request;
+    let stopped = token.is_some_and(|event| request.stop_tokens.contains(&event.token));
+    let full = sequence.generated().len() >= request.max_tokens || sequence.tokens.len() >= max_model_len;
+    match (stopped, full && sequence.is_prompt_computed()) {
+        (true, _) => Some(FinishReason::Stop),
+        (false, true) => Some(FinishReason::Length),
+        (false, false) => None,
+    }
+}
+
+fn phase_of(shares: &[Share<'_>]) -> StepPhase {
+    let decoding = |share: &Share<'_>| share.sequence.is_prompt_computed();
+    match (shares.iter().any(decoding), shares.iter().all(decoding)) {
+        (_, true) => StepPhase::Decode,
+        (false, _) => StepPhase::Prefill,
+        (true, false) => StepPhase::Mixed,
+    }
+}
+
+/// The channel holds all a sequence can say, so this never waits; a client that left is noticed by the next round.
+fn say(events: &mpsc::Sender<SequenceEvent>, event: SequenceEvent) {
+    let _ = events.try_send(event);
+}
+
+/// Marks the engine as dead however its thread ends.
+struct EndOfEngine(Arc<Shared>);
+
+impl Drop for EndOfEngine {
+    fn drop(&mut self) {
+        self.0.alive.store(false, Ordering::Release);
+        self.0.running.store(0, Ordering::Relaxed);
+        self.0.beat(false);
+    }
 }

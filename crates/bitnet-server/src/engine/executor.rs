@@ -1,0 +1,177 @@
+//! One step's arithmetic: [`ScheduledBatch`] -> `core::Batch` -> logits -> token. The trait is the whole contract between the
+//! scheduler's side and the model's; tests have a fake one.
+
+use bitnet_core::{
+    Batch, Model,
+    kv_cache::KvCache,
+    model::{BatchSequence, LogitRows, Workspace},
+    sampling::{SampleKey, Sampler, TokenLogprobs},
+};
+
+use super::{
+    EngineError, TokenEvent,
+    scheduler::{ScheduledBatch, Share, blocks_of},
+};
+
+/// Computes steps. Everything it says about a sequence depends on that sequence's tokens and parameters alone.
+pub trait Executor: Send + 'static {
+    /// Token ids are below this.
+    fn vocab_size(&self) -> usize;
+
+    /// Computes `batch`: one output a share, in order. An error ends that share's sequence and no other.
+    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>>;
+}
+
+/// What one share gave.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// When the request asked: log-probabilities of the prompt tokens that follow the tokens computed.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The next token, when the share ended with the last known one and more are wanted.
+    pub token: Option<TokenEvent>,
+}
+
+/// The executor over `bitnet_core`.
+#[derive(Debug)]
+pub struct ModelExecutor {
+    model: Model,
+    kv: KvCache,
+    workspace: Workspace,
+    sampler: Sampler,
+}
+
+impl ModelExecutor {
+    /// Owns all that a step touches.
+    pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
+        let sampler = Sampler::new(model.config().vocab_size);
+        Self { model, kv, workspace, sampler }
+    }
+
+    /// The batch of those shares that fit the model. A share that does not is a defect of ours or a request that was not
+    /// validated; it ends with an error, and alone.
+    fn checked_batch(&self, shares: &[Share<'_>], outputs: &mut [Result<StepOutput, EngineError>]) -> Option<Batch> {
+        let batch_of = |parts: &[BatchSequence<'_>]| Batch::new(&self.model, &self.kv, &self.workspace, parts);
+        let parts: Vec<_> = shares.iter().map(batch_sequence).collect();
+        match batch_of(&parts) {
+            Ok(batch) => return Some(batch),
+            Err(error) => tracing::error!(%error, "the model refused a step"),
+        }
+        let fits: Vec<bool> = parts.iter().map(|part| batch_of(std::slice::from_ref(part)).is_ok()).collect();
+        for (output, _) in outputs.iter_mut().zip(&fits).filter(|(_, fits)| !**fits) {
+            *output = Err(EngineError::Invalid);
+        }
+        let rest: Vec<_> = parts.iter().zip(&fits).filter(|(_, fits)| **fits).map(|(part, _)| *part).collect();
+        let batch = batch_of(&rest).ok();
+        if batch.is_none() {
+            outputs.fill(Err(EngineError::Invalid));
+        }
+        batch
+    }
+}
+
+impl Executor for ModelExecutor {
+    fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
+        let shares = &batch.shares;
+        let mut outputs = vec![Ok(StepOutput::default()); shares.len()];
+        let Some(batch) = self.checked_batch(shares, &mut outputs) else { return outputs };
+        self.model.forward(&batch, &mut self.kv, &mut self.workspace);
+
+        // Rows that asked for logits, in the batch's order: (share, position of the row's token).
+        let ran = |index: &usize| outputs[*index].is_ok();
+        let rows: Vec<(usize, usize)> = (0..shares.len())
+            .filter(ran)
+            .flat_map(|index| logit_positions(&shares[index]).map(move |position| (index, position)))
+            .collect();
+        let vocab_size = self.vocab_size();
+        for first in (0..rows.len()).step_by(Workspace::MAX_LOGIT_ROWS) {
+            let group = &rows[first..rows.len().min(first + Workspace::MAX_LOGIT_ROWS)];
+            let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
+            for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
+                let done = match &mut outputs[index] {
+                    Ok(output) => read_row(&mut self.sampler, row, &shares[index], position, output),
+                    Err(error) => Err(*error),
+                };
+                if let Err(error) = done {
+                    outputs[index] = Err(error);
+                }
+            }
+        }
+        outputs
+    }
+}
+
+impl Share<'_> {
+    /// Positions computed.
+    fn positions(&self) -> std::ops::Range<usize> {
+        let start = self.sequence.num_computed_tokens;
+        start..start + self.num_tokens
+    }
+
+    /// Whether the next token is drawn from the last row.
+    fn draws(&self) -> bool {
+        self.sequence.request.max_tokens > 0 && self.positions().end == self.sequence.tokens.len()
+    }
+
+    /// Whether rows score prompt tokens. A sequence that was preempted after its first token has said them before.
+    fn scores_prompt(&self) -> bool {
+        let sequence = self.sequence;
+        sequence.request.prompt_logprobs.is_some()
+            && sequence.generated().is_empty()
+            && sequence.num_computed_tokens + 1 < sequence.prompt_len()
+    }
+}
+
+fn batch_sequence<'a>(share: &Share<'a>) -> BatchSequence<'a> {
+    let positions = share.positions();
+    let logits = match (share.scores_prompt(), share.draws()) {
+        (true, _) => LogitRows::All,
+        (false, true) => LogitRows::Last,
+        (false, false) => LogitRows::None,
+    };
+    BatchSequence {
+        tokens: &share.sequence.tokens[positions.clone()],
+        start: positions.start,
+        block_table: &share.sequence.block_table[..blocks_of(positions.end)],
+        logits,
+    }
+}
+
+/// The positions behind the rows that [`batch_sequence`] asks logits for.
+fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
+    let positions = share.positions();
+    match batch_sequence(share).logits {
+        LogitRows::All => positions,
+        LogitRows::Last => positions.end - 1..positions.end,
+        LogitRows::None => 0..0,
+    }
+}
+
+/// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
+fn read_row(
+    sampler: &mut Sampler,
+    logits: &[f32],
+    share: &Share<'_>,
+    position: usize,
+    output: &mut StepOutput,
+) -> Result<(), EngineError> {
+    let sequence = share.sequence;
+    let request = &*sequence.request;
+    if let Some(&next) = sequence.tokens.get(position + 1) {
+        let scored = sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
+        output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
+    } else if share.draws() {
+        let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len());
+        let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
+        let key = SampleKey { choice: sequence.choice, position: sequence.tokens.len() as u32 };
+        let token = sampler
+            .sample(logits, &request.sampling, prompt, generated, banned, key)
+            .map_err(|_| EngineError::NotFinite)?;
+        let scored = request.logprobs.map(|top| sampler.logprobs(logits, token, top)).transpose();
+        output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+    }
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! One choice of a request inside the engine: its tokens, how many of them are computed, and the blocks that hold them.
+//! No events, no clock.
+
+use std::sync::Arc;
+
+use bitnet_core::{BlockId, TokenId};
+
+use super::GenerationRequest;
+
+/// Names a sequence for the life of the engine; ascending in order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// One choice of a request.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Its name.
+    pub id: SequenceId,
+    /// What was asked for, shared by the choices.
+    pub request: Arc<GenerationRequest>,
+    /// Which choice this is.
+    pub choice: u32,
+    /// The prompt, then what was generated.
+    pub tokens: Vec<TokenId>,
+    /// Leading tokens whose K and V are in the cache.
+    pub num_computed_tokens: usize,
+    /// Blocks of positions `0..`, in order.
+    pub block_table: Vec<BlockId>,
+}
+
+impl Sequence {
+    /// A sequence of which nothing is computed.
+    pub fn new(id: SequenceId, request: Arc<GenerationRequest>, choice: u32) -> Self {
+        let tokens = request.prompt.clone();
+        Self { id, request, choice, tokens, num_computed_tokens: 0, block_table: Vec::new() }
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt_len(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// What was generated so far.
+    pub fn generated(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len()..]
+    }
+
+    /// Tokens that are known but not in the cache yet.
+    pub fn num_tokens_to_compute(&self) -> usize {
+        self.tokens.len() - self.num_computed_tokens
+    }
+
+    /// Whether the whole prompt is in the cache.
+    pub fn is_prompt_computed(&self) -> bool {
+        self.num_computed_tokens >= self.prompt_len()
+    }
+}
