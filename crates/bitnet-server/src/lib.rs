@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! The serving library: HTTP request in, OpenAI-shaped answer out, over one engine thread.
 //!
 //! Layers, imports point down only: L0 `config`, `openai`, `metrics`; L1 `limits`, `filter`, `prompt`, `output`,
@@ -219,8 +218,3 @@ async fn housekeeping(state: Arc<HttpState>) {
         state.metrics.record_minute(unix_seconds());
     }
 }
-=======
-//! The serving library: prompts so far.
-
-pub mod prompt;
->>>>>>> wt-tok

@@ -1,8 +1,5 @@
 //! Quantization as arithmetic: absmean ternary weights, absmax int8 activations, and the stored formats of ternary codes.
 
-<<<<<<< HEAD
 pub mod activation;
-=======
 pub mod formats;
 pub mod ternary;
->>>>>>> wt-ckpt
