@@ -1,0 +1,132 @@
+//! Our own accept loop, because the framework's has no timer: slow headers are cut off, headers are bounded, and a
+//! process out of file descriptors waits instead of spinning.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{Router, body::Body};
+use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+use tower::ServiceExt;
+
+use super::guard::Peer;
+use crate::metrics::{Metrics, SecurityEvent};
+
+/// A request's head has to arrive within this time; an idle connection is closed after it.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_HEADERS: usize = 100;
+/// Bounds the head of a request, and what is buffered of a body.
+const MAX_HEADER_BYTES: usize = 16 * 1024;
+/// Connections at the same time: each costs tens of KiB, so all of them cost some hundred MiB at most.
+const MAX_CONNECTIONS: usize = 16_384;
+/// How long to wait when the system has no descriptor to give.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves `router` on `listener` until `closing` turns true, then finishes the requests that are open.
+pub async fn serve_connections(
+    listener: TcpListener,
+    router: Router,
+    metrics: Arc<Metrics>,
+    mut closing: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        // Ended connections leave the set as we go.
+        while connections.try_join_next().is_some() {}
+        let accepted = tokio::select! {
+            accepted = accept(&listener, &places) => accepted,
+            () = closed(&mut closing) => break,
+        };
+        let Some((stream, peer, place)) = accepted else { continue };
+        let (router, metrics, closing) = (router.clone(), Arc::clone(&metrics), closing.clone());
+        connections.spawn(async move {
+            let _place = place;
+            serve_one(stream, peer.ip(), router, &metrics, closing).await;
+        });
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, peer)) => Some((stream, peer, place)),
+        Err(error) => {
+            // A client that was gone before we looked is nobody's trouble.
+            if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) {
+                tracing::warn!(%error, "cannot accept connections");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            None
+        }
+    }
+}
+
+async fn serve_one(
+    stream: TcpStream,
+    peer: IpAddr,
+    router: Router,
+    metrics: &Metrics,
+    mut closing: watch::Receiver<bool>,
+) {
+    // Tokens are small and wanted at once.
+    let _ = stream.set_nodelay(true);
+    let _open = OpenConnection::new(metrics);
+    let service = service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(Peer(peer));
+        let answer = router.clone().oneshot(request);
+        async move { answer.await.map_err(|never: Infallible| never) }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    builder.max_headers(MAX_HEADERS).max_buf_size(MAX_HEADER_BYTES);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = closed(&mut closing) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if ended.is_err_and(|error| error.is_timeout()) {
+        metrics.record_security(SecurityEvent::HeaderTimeout);
+    }
+}
+
+/// Waits until the server closes; its end counts as well.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+/// Counts the connection while it lives.
+struct OpenConnection<'m>(&'m Metrics);
+
+impl<'m> OpenConnection<'m> {
+    fn new(metrics: &'m Metrics) -> Self {
+        metrics.http_connection_opened();
+        Self(metrics)
+    }
+}
+
+impl Drop for OpenConnection<'_> {
+    fn drop(&mut self) {
+        self.0.http_connection_closed();
+    }
+}

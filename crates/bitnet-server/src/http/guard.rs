@@ -1,0 +1,73 @@
+//! Who may call, and how often: keys, then the caller's own limit. Before anything of the request is read.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Instant,
+};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderName, HeaderValue, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use super::{ApiError, HttpState, observe::Arrival};
+use crate::{
+    limits::{ClientId, LimitDecision},
+    service::Caller,
+};
+
+/// The other end of the connection. Headers that claim another are not believed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub(super) IpAddr);
+
+/// Lets requests pass whose caller may call, with a [`Caller`] in their extensions.
+pub(super) async fn guard(State(state): State<Arc<HttpState>>, mut request: Request<Body>, next: Next) -> Response {
+    if is_open(request.uri().path()) {
+        return next.run(request).await;
+    }
+    let client = match identify(&state, &request) {
+        Ok(client) => client,
+        Err(error) => return error.into_response(),
+    };
+    let decision = state.limiter.check_request(&client);
+    if let Some(decision) = decision.filter(|decision| !decision.allowed) {
+        let error = ApiError::rate_limited(decision.headers.limit, decision.retry_after_seconds());
+        return with_account(error.into_response(), Some(decision));
+    }
+    let arrival = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.0);
+    request.extensions_mut().insert(Caller { client, arrival });
+    with_account(next.run(request).await, decision)
+}
+
+/// Probes and scrapers have no keys and no limits.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/health" | "/livez" | "/readyz" | "/metrics") || path.starts_with("/health/")
+}
+
+fn identify(state: &HttpState, request: &Request<Body>) -> Result<ClientId, ApiError> {
+    if state.keys.is_empty() {
+        let peer = request.extensions().get::<Peer>().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.0);
+        return Ok(ClientId::from_address(peer));
+    }
+    let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let presented = header.and_then(|value| {
+        let (scheme, key) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
+    });
+    let presented = presented.ok_or_else(|| ApiError::unauthorized(false))?;
+    state.keys.authenticate(presented).ok_or_else(|| ApiError::unauthorized(true))
+}
+
+/// `response` with the state of the caller's account.
+fn with_account(mut response: Response, decision: Option<LimitDecision>) -> Response {
+    for (name, value) in decision.iter().flat_map(|decision| decision.headers.pairs()) {
+        if let Ok(value) = HeaderValue::try_from(value) {
+            response.headers_mut().insert(HeaderName::from_static(name), value);
+        }
+    }
+    response
+}

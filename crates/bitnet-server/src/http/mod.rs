@@ -1,0 +1,78 @@
+//! HTTP: routes, thin handlers, and what is around them. It turns service answers into responses and decides nothing
+//! about them; `error.rs` alone picks status codes.
+
+mod body;
+mod connections;
+mod error;
+mod generate;
+mod guard;
+mod health;
+mod models;
+mod observe;
+mod sse;
+mod state;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod tokens;
+
+pub use connections::serve_connections;
+pub use error::ApiError;
+pub use state::HttpState;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    http::StatusCode,
+    middleware::from_fn_with_state,
+    routing::{get, post},
+};
+
+/// Every route.
+pub fn router(state: Arc<HttpState>) -> Router {
+    let api = Router::new()
+        .route("/chat/completions", post(generate::chat))
+        .route("/completions", post(generate::complete))
+        .route("/models", get(models::list))
+        // The rest of the path is the id: names hold slashes, sent plain or as %2F.
+        .route("/models/{*id}", get(models::one));
+    let routes = Router::new()
+        // Clients differ in whether their base URL ends in /v1.
+        .merge(api.clone())
+        .nest("/v1", api)
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/apply-template", post(tokens::apply_template))
+        .route("/stats", get(stats::stats))
+        .route("/stats/history", get(stats::history))
+        .merge(open_routes());
+    layered(routes, state)
+}
+
+/// The routes of `--metrics-port`: what needs no key.
+pub fn metrics_router(state: Arc<HttpState>) -> Router {
+    layered(open_routes(), state)
+}
+
+fn open_routes() -> Router<Arc<HttpState>> {
+    Router::new()
+        .route("/health", get(health::summary))
+        .route("/health/live", get(health::live))
+        .route("/livez", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/readyz", get(health::ready))
+        .route("/health/startup", get(health::startup))
+        .route("/health/generate", get(health::generate))
+        .route("/metrics", get(stats::metrics))
+}
+
+fn layered(routes: Router<Arc<HttpState>>, state: Arc<HttpState>) -> Router {
+    routes
+        .fallback(|| async { StatusCode::NOT_FOUND })
+        // Inside: who may call, so that refusals are observed and shaped like everything else.
+        .layer(from_fn_with_state(Arc::clone(&state), guard::guard))
+        // Outside: ids, panics, error bodies and figures, for whatever comes out of the inner layers.
+        .layer(from_fn_with_state(Arc::clone(&state), observe::observe))
+        .with_state(state)
+}

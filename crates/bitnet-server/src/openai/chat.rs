@@ -1,0 +1,320 @@
+//! `/v1/chat/completions`: request, answer and stream.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, value::RawValue};
+
+use super::{
+    FinishReason, Params, Usage,
+    fields::{BodyError, Fields, read},
+};
+
+/// A request as sent.
+#[derive(Clone, Debug)]
+pub struct ChatCompletionRequest {
+    /// The model's name.
+    pub model: Option<String>,
+    /// The conversation.
+    pub messages: Vec<Message>,
+    /// Whether log-probabilities are wanted.
+    pub logprobs: bool,
+    /// Alternatives a token.
+    pub top_logprobs: Option<u64>,
+    /// The shared parameters.
+    pub params: Params,
+}
+
+/// One message of the conversation.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What was said; may be absent next to tool calls.
+    pub content: Option<Content>,
+    /// Name of the participant or function.
+    pub name: Option<String>,
+    /// Calls the assistant made.
+    pub tool_calls: Option<Vec<ToolCall>>,
+    /// The call this message answers.
+    pub tool_call_id: Option<String>,
+}
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions.
+    System,
+    /// Instructions, by their newer name.
+    Developer,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+    /// The result of a tool call.
+    Tool,
+    /// The result of a function call, by the older name.
+    Function,
+}
+
+/// `content`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "a string or an array of content parts")]
+pub enum Content {
+    /// Plain text.
+    Text(String),
+    /// Parts, of which this server reads the text ones.
+    Parts(Vec<ContentPart>),
+}
+
+/// One part of a message's content.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ContentPart {
+    /// `text`, or a kind this server does not read.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The text of a text part.
+    pub text: Option<String>,
+}
+
+/// A call the assistant made earlier.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct ToolCall {
+    /// Its id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// `function`, the only kind there is.
+    #[serde(rename = "type", default = "function_kind")]
+    pub kind: String,
+    /// What was called.
+    pub function: FunctionCall,
+}
+
+fn function_kind() -> String {
+    "function".to_owned()
+}
+
+/// The function of a [`ToolCall`].
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct FunctionCall {
+    /// Its name.
+    pub name: String,
+    /// Its arguments: a string of JSON, or (some clients) the object itself.
+    #[serde(default)]
+    pub arguments: Value,
+}
+
+#[derive(Deserialize)]
+struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+impl ChatCompletionRequest {
+    /// Reads a body; with `strict`, unknown fields are errors.
+    ///
+    /// # Errors
+    /// [`BodyError`], naming the field.
+    pub fn from_json(body: &[u8], strict: bool) -> Result<Self, BodyError> {
+        let mut fields = Fields::parse(body)?;
+        let max_completion_tokens = fields.take("max_completion_tokens")?;
+        let mut request = Self {
+            model: fields.take("model")?,
+            messages: fields.require("messages")?,
+            logprobs: fields.take("logprobs")?.unwrap_or(false),
+            top_logprobs: fields.take("top_logprobs")?,
+            params: Params::take(&mut fields)?,
+        };
+        if max_completion_tokens.is_some() {
+            request.params.max_tokens = max_completion_tokens;
+            request.params.max_tokens_field = "max_completion_tokens";
+        }
+        refuse_tools(&mut fields)?;
+        refuse_response_format(fields.take_raw("response_format").as_deref())?;
+        for (name, harmless) in REFUSED {
+            fields.refuse(name, harmless)?;
+        }
+        fields.finish(strict)?;
+        Ok(request)
+    }
+}
+
+/// Tools may be listed when the model is told not to call them.
+fn refuse_tools(fields: &mut Fields) -> Result<(), BodyError> {
+    for (list, choice) in [("tools", "tool_choice"), ("functions", "function_call")] {
+        let listed = !fields.take::<Vec<Value>>(list)?.unwrap_or_default().is_empty();
+        let choice_value = fields.take::<Value>(choice)?;
+        match choice_value.as_ref().and_then(Value::as_str) {
+            Some("none") => {}
+            Some("auto") if !listed => {}
+            _ if listed => {
+                return Err(BodyError::unsupported(list, format!("'{list}' is not supported by this server.")));
+            }
+            _ if choice_value.is_some() => {
+                return Err(BodyError::unsupported(choice, format!("'{choice}' is not supported by this server.")));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn refuse_response_format(raw: Option<&RawValue>) -> Result<(), BodyError> {
+    const NAME: &str = "response_format";
+    let Some(raw) = raw else { return Ok(()) };
+    match read::<ResponseFormat>(NAME, raw)?.kind.as_str() {
+        "text" => Ok(()),
+        "json_object" | "json_schema" => {
+            Err(BodyError::unsupported(NAME, "'response_format' other than text is not supported by this server."))
+        }
+        _ => Err(BodyError::invalid(NAME, "'response_format.type' must be text, json_object or json_schema.")),
+    }
+}
+
+/// Fields of chat alone that would change the answer in a way this server cannot, and the values at which they do not.
+const REFUSED: &[(&str, &[&str])] = &[
+    ("add_generation_prompt", &["true"]),
+    ("chat_template", &[]),
+    ("chat_template_kwargs", &["{}"]),
+    ("continue_final_message", &["false"]),
+    ("documents", &["[]"]),
+    ("echo", &["false"]),
+    ("web_search_options", &[]),
+];
+
+/// The whole answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChatCompletion {
+    /// `chatcmpl-...`.
+    pub id: String,
+    /// Always `chat.completion`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The served model.
+    pub model: String,
+    /// One a choice, in order.
+    pub choices: Vec<ChatChoice>,
+    /// Token counts.
+    pub usage: Usage,
+    /// Which weights, kernel and version answered.
+    pub system_fingerprint: String,
+    /// Ids of the prompt, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// One choice of a whole answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChatChoice {
+    /// 0..n.
+    pub index: usize,
+    /// What the assistant says.
+    pub message: ResponseMessage,
+    /// Log-probabilities if asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Ids generated, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Ids of the prompt, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// The assistant's message.
+#[derive(Clone, Debug, Serialize)]
+pub struct ResponseMessage {
+    /// Always `assistant`.
+    pub role: &'static str,
+    /// The text; empty rather than null.
+    pub content: String,
+    /// Always null; clients demand the key.
+    pub refusal: Option<String>,
+}
+
+/// `logprobs` of a chat choice.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChatLogprobs {
+    /// One entry a generated token.
+    pub content: Vec<ChatTokenLogprob>,
+    /// Always null; clients demand the key.
+    pub refusal: Option<Vec<ChatTokenLogprob>>,
+}
+
+/// A generated token and its log-probability.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatTokenLogprob {
+    /// Its text; bytes that are no UTF-8 are U+FFFD here.
+    pub token: String,
+    /// Natural logarithm; never below -9999.
+    pub logprob: f32,
+    /// Its exact bytes.
+    pub bytes: Vec<u8>,
+    /// The best alternatives, best first.
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+/// An alternative to a generated token.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TopLogprob {
+    /// Its text; bytes that are no UTF-8 are U+FFFD here.
+    pub token: String,
+    /// Natural logarithm; never below -9999.
+    pub logprob: f32,
+    /// Its exact bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// One event of a stream.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChatChunk {
+    /// `chatcmpl-...`, the same throughout.
+    pub id: String,
+    /// Always `chat.completion.chunk`: clients assert it.
+    pub object: &'static str,
+    /// Seconds since 1970, the same throughout.
+    pub created: u64,
+    /// The served model.
+    pub model: String,
+    /// Which weights, kernel and version answered.
+    pub system_fingerprint: String,
+    /// The choice that has news; none in the usage chunk.
+    pub choices: Vec<ChatChunkChoice>,
+    /// Outer `None`: no such key; inner `None`: `null`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+    /// Ids of the prompt, if asked for, in the role chunks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// The news of one choice.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChatChunkChoice {
+    /// 0..n.
+    pub index: usize,
+    /// What is new.
+    pub delta: Delta,
+    /// Log-probabilities of the new tokens if asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// Why it ended, in the last chunk of the choice.
+    pub finish_reason: Option<FinishReason>,
+    /// New ids, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Ids of the prompt, if asked for, in the role chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// `delta`: the role once, then text, then nothing.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Delta {
+    /// `assistant`, in the first chunk of a choice only: clients concatenate it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    /// New text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}

@@ -1,0 +1,141 @@
+//! `/v1/completions`: request and answer. Streamed and whole answers have the same shape.
+
+use indexmap::IndexMap;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::{
+    FinishReason, Params, Usage,
+    fields::{BodyError, Fields, read},
+};
+
+/// A request as sent.
+#[derive(Clone, Debug)]
+pub struct CompletionRequest {
+    /// The model's name.
+    pub model: Option<String>,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Put the prompt before the completion.
+    pub echo: bool,
+    /// Alternatives a token.
+    pub logprobs: Option<u64>,
+    /// The shared parameters.
+    pub params: Params,
+}
+
+/// The four forms of `prompt`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// One text, or several.
+    Texts(Vec<String>),
+    /// Token ids of one prompt, or of several.
+    Tokens(Vec<Vec<u32>>),
+}
+
+impl CompletionRequest {
+    /// Reads a body; with `strict`, unknown fields are errors.
+    ///
+    /// # Errors
+    /// [`BodyError`], naming the field.
+    pub fn from_json(body: &[u8], strict: bool) -> Result<Self, BodyError> {
+        let mut fields = Fields::parse(body)?;
+        let prompt = fields.take_raw("prompt").ok_or_else(|| BodyError::missing("prompt"))?;
+        let request = Self {
+            model: fields.take("model")?,
+            prompt: Prompt::read(&prompt)?,
+            echo: fields.take("echo")?.unwrap_or(false),
+            logprobs: fields.take("logprobs")?,
+            params: Params::take(&mut fields)?,
+        };
+        fields.refuse("suffix", &[r#""""#])?;
+        fields.refuse("response_format", &[r#"{"type":"text"}"#])?;
+        if fields.take::<u64>("best_of")?.is_some_and(|best_of| best_of != request.params.n.unwrap_or(1)) {
+            return Err(BodyError::unsupported("best_of", "'best_of' is not supported unless it equals 'n'."));
+        }
+        fields.finish(strict)?;
+        Ok(request)
+    }
+}
+
+impl Prompt {
+    /// Prompts in the request.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Texts(texts) => texts.len(),
+            Self::Tokens(prompts) => prompts.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The first two characters tell the form, so that a long list of ids is read once and into integers.
+    fn read(raw: &RawValue) -> Result<Self, BodyError> {
+        let mut start = raw.get().bytes().filter(|byte| !byte.is_ascii_whitespace());
+        match (start.next(), start.next()) {
+            (Some(b'"'), _) => Ok(Self::Texts(vec![read("prompt", raw)?])),
+            (Some(b'['), Some(b'[')) => Ok(Self::Tokens(read("prompt", raw)?)),
+            (Some(b'['), Some(b'"' | b']')) => Ok(Self::Texts(read("prompt", raw)?)),
+            (Some(b'['), Some(b'0'..=b'9' | b'-')) => Ok(Self::Tokens(vec![read("prompt", raw)?])),
+            _ => Err(BodyError::invalid(
+                "prompt",
+                "'prompt' must be a string, an array of strings, an array of token ids or an array of such arrays.",
+            )),
+        }
+    }
+}
+
+/// The answer, or one event of its stream.
+#[derive(Clone, Debug, Serialize)]
+pub struct Completion {
+    /// `cmpl-...`, the same throughout a stream.
+    pub id: String,
+    /// Always `text_completion`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The served model.
+    pub model: String,
+    /// One a choice; in a stream the one that has news.
+    pub choices: Vec<CompletionChoice>,
+    /// Which weights, kernel and version answered.
+    pub system_fingerprint: String,
+    /// Outer `None`: no such key; inner `None`: `null`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+}
+
+/// One choice.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompletionChoice {
+    /// The text.
+    pub text: String,
+    /// `prompt * n + k`.
+    pub index: usize,
+    /// Log-probabilities if asked for.
+    pub logprobs: Option<CompletionLogprobs>,
+    /// Why it ended; `null` until then.
+    pub finish_reason: Option<FinishReason>,
+    /// Ids generated, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// Ids of the prompt, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// Log-probabilities in the columns of the completions API.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct CompletionLogprobs {
+    /// Each token's text.
+    pub tokens: Vec<String>,
+    /// Each token's log-probability; the first of a prompt has none.
+    pub token_logprobs: Vec<Option<f32>>,
+    /// The best alternatives, best first; null where nothing was predicted.
+    pub top_logprobs: Vec<Option<IndexMap<String, f32>>>,
+    /// Where each token starts in the text, in characters.
+    pub text_offset: Vec<usize>,
+}

@@ -1,0 +1,86 @@
+//! The wire: what OpenAI-compatible clients send and read, as serde types and nothing else.
+//!
+//! First and last station of the data path: request bytes become [`ChatCompletionRequest`] or [`CompletionRequest`] here,
+//! and answers leave as the response types. Ranges, defaults and meaning are the service's; status codes are http's.
+
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod models;
+mod params;
+mod tokens;
+
+pub use chat::{
+    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs, ChatTokenLogprob,
+    Content, ContentPart, Delta, FunctionCall, Message, ResponseMessage, Role, ToolCall, TopLogprob,
+};
+pub use completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
+pub use error::{ErrorBody, ErrorObject};
+pub use fields::{BodyError, BodyErrorKind};
+pub use models::{ModelList, ModelObject};
+pub use params::{Params, Stop};
+pub use tokens::{
+    ApplyTemplateRequest, DetokenizeRequest, DetokenizeResponse, TemplateResponse, TokenizeInput, TokenizeRequest,
+    TokenizeResponse,
+};
+
+use serde::Serialize;
+
+/// `finish_reason` on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// A stop token or a stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+    /// The output filter ended it.
+    ContentFilter,
+}
+
+/// `usage`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Tokens of all prompts, each counted once.
+    pub prompt_tokens: usize,
+    /// Tokens generated, over all choices.
+    pub completion_tokens: usize,
+    /// The sum of both.
+    pub total_tokens: usize,
+    /// What the prompt tokens were.
+    pub prompt_tokens_details: PromptTokensDetails,
+    /// What the completion tokens were.
+    pub completion_tokens_details: CompletionTokensDetails,
+}
+
+/// `usage.prompt_tokens_details`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    /// Tokens that came from the prefix cache.
+    pub cached_tokens: usize,
+}
+
+/// `usage.completion_tokens_details`; this server has none of the special kinds yet, clients read the zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CompletionTokensDetails {
+    /// Always 0.
+    pub reasoning_tokens: usize,
+    /// Always 0.
+    pub accepted_prediction_tokens: usize,
+    /// Always 0.
+    pub rejected_prediction_tokens: usize,
+}
+
+impl Usage {
+    /// The counts of one request.
+    pub fn new(prompt_tokens: usize, completion_tokens: usize, cached_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+            completion_tokens_details: CompletionTokensDetails::default(),
+        }
+    }
+}

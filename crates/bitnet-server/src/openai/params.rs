@@ -1,0 +1,136 @@
+//! The parameters that chat and text completions share.
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+
+use super::fields::{BodyError, Fields};
+
+/// Sampling, length and streaming parameters as sent; `None` is absent. Ranges are checked by the service.
+#[derive(Clone, Debug, Default)]
+pub struct Params {
+    /// Tokens to generate a choice at most (`max_completion_tokens` where it is given).
+    pub max_tokens: Option<u64>,
+    /// The field `max_tokens` came from.
+    pub max_tokens_field: &'static str,
+    /// Tokens before which no stop token is drawn.
+    pub min_tokens: Option<u64>,
+    /// 0 is greedy.
+    pub temperature: Option<f64>,
+    /// Nucleus.
+    pub top_p: Option<f64>,
+    /// 0 and -1 are off.
+    pub top_k: Option<i64>,
+    /// Least probability relative to the best.
+    pub min_p: Option<f64>,
+    /// Penalty on tokens seen in the prompt or the output.
+    pub repetition_penalty: Option<f64>,
+    /// Penalty a generated occurrence.
+    pub frequency_penalty: Option<f64>,
+    /// Penalty on generated tokens.
+    pub presence_penalty: Option<f64>,
+    /// Token id (as JSON key) -> what is added to its logit.
+    pub logit_bias: IndexMap<String, f64>,
+    /// Key of the sampling noise.
+    pub seed: Option<i64>,
+    /// Strings that end a choice.
+    pub stop: Option<Stop>,
+    /// Choices.
+    pub n: Option<u64>,
+    /// Server-sent events instead of one object.
+    pub stream: bool,
+    /// A usage chunk at the end of the stream.
+    pub include_usage: bool,
+    /// Generate on past the end-of-generation tokens.
+    pub ignore_eos: bool,
+    /// Add `token_ids` and `prompt_token_ids` to each choice.
+    pub return_token_ids: bool,
+    /// `false` keeps the request away from the caches.
+    pub cache_prompt: Option<bool>,
+}
+
+/// `stop`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged, expecting = "a string or an array of strings")]
+pub enum Stop {
+    /// One string.
+    One(String),
+    /// Several.
+    Many(Vec<String>),
+}
+
+#[derive(Default, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+impl Params {
+    /// Takes the shared fields.
+    pub(super) fn take(fields: &mut Fields) -> Result<Self, BodyError> {
+        let params = Self {
+            max_tokens: fields.take("max_tokens")?,
+            max_tokens_field: "max_tokens",
+            min_tokens: fields.take("min_tokens")?,
+            temperature: fields.take("temperature")?,
+            top_p: fields.take("top_p")?,
+            top_k: fields.take("top_k")?,
+            min_p: fields.take("min_p")?,
+            repetition_penalty: fields.take("repetition_penalty")?,
+            frequency_penalty: fields.take("frequency_penalty")?,
+            presence_penalty: fields.take("presence_penalty")?,
+            logit_bias: fields.take("logit_bias")?.unwrap_or_default(),
+            seed: fields.take("seed")?,
+            stop: fields.take("stop")?,
+            n: fields.take("n")?,
+            stream: fields.take("stream")?.unwrap_or(false),
+            include_usage: fields
+                .take::<StreamOptions>("stream_options")?
+                .unwrap_or_default()
+                .include_usage
+                .unwrap_or(false),
+            ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
+            return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
+            cache_prompt: fields.take("cache_prompt")?,
+        };
+        fields.accept(ACCEPTED);
+        for (name, harmless) in REFUSED {
+            fields.refuse(name, harmless)?;
+        }
+        Ok(params)
+    }
+}
+
+/// Fields that are taken note of elsewhere or nowhere: they never change the tokens.
+const ACCEPTED: &[&str] = &[
+    "metadata",
+    "parallel_tool_calls",
+    "priority",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+];
+
+/// Fields that would change the answer in a way this server cannot, and the values at which they do not.
+const REFUSED: &[(&str, &[&str])] = &[
+    ("audio", &[]),
+    ("grammar", &[r#""""#]),
+    ("guided_choice", &[]),
+    ("guided_grammar", &[]),
+    ("guided_json", &[]),
+    ("guided_regex", &[]),
+    ("include_stop_str_in_output", &["false"]),
+    ("json_schema", &[]),
+    ("logits_processors", &["[]"]),
+    ("modalities", &[r#"["text"]"#]),
+    ("prediction", &[]),
+    ("prompt_logprobs", &[]),
+    ("skip_special_tokens", &["true"]),
+    ("stop_token_ids", &["[]"]),
+    ("structured_outputs", &[]),
+    ("use_beam_search", &["false"]),
+];

@@ -1,0 +1,282 @@
+//! The whole request path on one page: parse, reserve, screen, tokenize, fit, submit, and a running answer comes back.
+//!
+//! It knows the engine, prompts, filters and caches, and nothing of HTTP. Answers are streams; a whole one is a fold.
+
+mod answer;
+mod cache;
+mod chat;
+mod choice;
+mod completion;
+mod error;
+mod generation;
+mod health;
+mod lifecycle;
+mod logprobs;
+mod meter;
+mod model;
+mod observe;
+mod prompting;
+mod request;
+mod tokens;
+
+pub use answer::{Answer, unix_seconds};
+pub use chat::ChatAnswer;
+pub use choice::Delta;
+pub use completion::TextAnswer;
+pub use error::ServiceError;
+pub use generation::{Event, Generation, PromptInfo};
+pub use health::{Health, ProbeReport};
+pub use lifecycle::{InFlight, Lifecycle, Phase};
+pub use model::{ModelCard, ModelNames};
+pub use request::{ChatRequest, MaxTokens, RequestRules, Settings, TextRequest};
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bitnet_core::{TokenId, Tokenizer};
+
+use crate::{
+    engine::{EngineHandle, GenerationRequest, SubmitPermit},
+    filter::ContentFilter,
+    limits::ClientId,
+    metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
+    openai::{ChatCompletionRequest, CompletionRequest},
+    prompt::{ChatOptions, ChatPrompter},
+    response_cache::ResponseCache,
+};
+use answer::Identity;
+use cache::{CachedAnswer, Recorder, cache_key};
+use choice::Choice;
+use generation::{Source, replay};
+use meter::Meter;
+
+/// What a service is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The served model.
+    pub card: ModelCard,
+    /// Template and tokenizer.
+    pub prompter: ChatPrompter,
+    /// The engine.
+    pub engine: EngineHandle,
+    /// Tokens that end a generation.
+    pub stop_tokens: Vec<TokenId>,
+    /// Ranges and defaults.
+    pub rules: RequestRules,
+    /// The content filter, if there are rules.
+    pub filter: Option<ContentFilter>,
+    /// Bytes of the response cache; 0: off.
+    pub response_cache_bytes: usize,
+    /// Longest time from arrival to the last byte.
+    pub request_timeout: Duration,
+    /// Where figures go.
+    pub metrics: Arc<Metrics>,
+}
+
+/// One loaded model and everything needed to answer requests with it.
+#[derive(Debug)]
+pub struct Service {
+    card: ModelCard,
+    prompter: Arc<ChatPrompter>,
+    engine: EngineHandle,
+    stop_tokens: Arc<[TokenId]>,
+    rules: RequestRules,
+    filter: Option<ContentFilter>,
+    cache: Arc<ResponseCache<CachedAnswer>>,
+    request_timeout: Duration,
+    metrics: Arc<Metrics>,
+    probe: health::Probe,
+}
+
+/// Who asks, and since when.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// The client.
+    pub client: ClientId,
+    /// When the request arrived.
+    pub arrival: Instant,
+}
+
+impl Service {
+    /// Puts the parts together.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            card: parts.card,
+            prompter: Arc::new(parts.prompter),
+            engine: parts.engine,
+            stop_tokens: parts.stop_tokens.into(),
+            rules: parts.rules,
+            filter: parts.filter,
+            cache: Arc::new(ResponseCache::new(parts.response_cache_bytes)),
+            request_timeout: parts.request_timeout,
+            metrics: parts.metrics,
+            probe: health::Probe::new(),
+        }
+    }
+
+    /// `/v1/chat/completions`.
+    ///
+    /// # Errors
+    /// [`ServiceError`], before anything was generated.
+    pub async fn chat(&self, wire: ChatCompletionRequest, caller: Caller) -> Result<ChatAnswer, ServiceError> {
+        self.card.names.resolve(wire.model.as_deref())?;
+        let request = ChatRequest::parse(wire, &self.rules)?;
+        let settings = request.settings;
+        let places = self.reserve(1)?;
+        let messages = self.screened_messages(request.messages)?;
+        let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &ChatOptions::default());
+        let prompt = self.with_prompter(encode, "messages").await?;
+        let requests = vec![self.fit("messages", prompt, &settings, None, caller.arrival)?];
+        let generation = self.start(places, requests, &settings, false, caller)?;
+        let identity = Identity::new("chatcmpl", &self.card);
+        Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
+    }
+
+    /// `/v1/completions`.
+    ///
+    /// # Errors
+    /// [`ServiceError`], before anything was generated.
+    pub async fn complete(&self, wire: CompletionRequest, caller: Caller) -> Result<TextAnswer, ServiceError> {
+        self.card.names.resolve(wire.model.as_deref())?;
+        let TextRequest { prompt, echo, settings } = TextRequest::parse(wire, &self.rules)?;
+        let places = self.reserve(prompt.len())?;
+        let prompts = self.text_prompts(prompt).await?;
+        let prompt_logprobs = settings.logprobs.filter(|_| echo);
+        let fit = |prompt: &prompting::TextPrompt| {
+            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller.arrival)
+        };
+        let requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
+        let generation = self.start(places, requests, &settings, true, caller)?;
+        let identity = Identity::new("cmpl", &self.card);
+        Ok(TextAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation, prompts, echo))
+    }
+
+    /// Places for `count` prompts, taken before any work is done for them: all or none.
+    fn reserve(&self, count: usize) -> Result<Vec<SubmitPermit>, ServiceError> {
+        let max = self.engine.status().max_waiting;
+        if count > max {
+            return Err(ServiceError::invalid("prompt", format!("One request may hold at most {max} prompts here.")));
+        }
+        let refused = |error| ServiceError::refused(error, self.engine.status().retry_after_seconds);
+        (0..count).map(|_| self.engine.reserve().map_err(refused)).collect()
+    }
+
+    /// `prompt` as a request to the engine, if it fits the context.
+    fn fit(
+        &self,
+        param: &'static str,
+        prompt: Vec<TokenId>,
+        settings: &Settings,
+        prompt_logprobs: Option<usize>,
+        arrival: Instant,
+    ) -> Result<GenerationRequest, ServiceError> {
+        let (context, len) = (self.card.max_model_len, prompt.len());
+        if prompt.is_empty() {
+            return Err(ServiceError::invalid(param, format!("'{param}' holds no tokens.")));
+        }
+        let room = context.saturating_sub(len);
+        let max_tokens = match settings.max_tokens {
+            Some(max) if max.requested => max.tokens,
+            Some(max) => max.tokens.min(room.max(1)),
+            None => room.max(1),
+        };
+        if max_tokens > room {
+            let message = format!(
+                "This model's maximum context length is {context} tokens, but {len} tokens of prompt and {max_tokens} of \
+                 completion were asked for. Please shorten the prompt or lower max_tokens."
+            );
+            return Err(ServiceError::ContextLength { param, message });
+        }
+        Ok(GenerationRequest {
+            prompt,
+            sampling: settings.sampling.clone(),
+            num_choices: settings.num_choices,
+            max_tokens,
+            min_tokens: settings.min_tokens,
+            stop_tokens: if settings.ignore_eos { Arc::new([]) } else { Arc::clone(&self.stop_tokens) },
+            logprobs: settings.logprobs,
+            prompt_logprobs,
+            deadline: arrival + self.request_timeout,
+            arrival,
+        })
+    }
+
+    /// Submits `requests`, or replays what they got before. `continues`: the text goes on from the prompt's.
+    fn start(
+        &self,
+        places: Vec<SubmitPermit>,
+        requests: Vec<GenerationRequest>,
+        settings: &Settings,
+        continues: bool,
+        caller: Caller,
+    ) -> Result<Generation, ServiceError> {
+        let num_choices = requests.len() * settings.num_choices as usize;
+        let info = |request: &GenerationRequest| PromptInfo { tokens: request.prompt.as_slice().into(), cached_tokens: 0 };
+        let prompts: Vec<_> = requests.iter().map(info).collect();
+        let stage = |index: usize| {
+            let prompt = &prompts[index / settings.num_choices as usize].tokens;
+            let continues = prompt.last().copied().filter(|_| continues);
+            let filter = self.filter.as_ref().and_then(ContentFilter::output_filter);
+            let tokenizer = Arc::clone(self.tokenizer());
+            Choice::new(tokenizer, settings.stop.clone(), settings.min_tokens, continues, filter)
+        };
+        let stages: Vec<_> = (0..num_choices).map(stage).collect();
+
+        let key = (settings.deterministic && settings.cache_prompt && self.cache.is_enabled())
+            .then(|| cache_key(&self.card.fingerprint, &caller.client, &requests, &settings.stop));
+        let cached = key.as_ref().and_then(|key| self.cache.get(key));
+        self.metrics.record_response_cache(match (&key, &cached) {
+            (None, _) => CacheResult::Bypass,
+            (Some(_), None) => CacheResult::Miss,
+            (Some(_), Some(_)) => CacheResult::Hit,
+        });
+        let (sources, recorder) = match &cached {
+            Some(answer) => (replay(answer), None),
+            None => {
+                let recorder = |key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices);
+                (self.submit(places, requests)?, key.map(recorder))
+            }
+        };
+        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, cached.is_none());
+        let choices = stages.into_iter().zip(sources).collect();
+        Ok(Generation::new(prompts, choices, meter, recorder, self.on_match()))
+    }
+
+    fn submit(&self, places: Vec<SubmitPermit>, requests: Vec<GenerationRequest>) -> Result<Vec<Source>, ServiceError> {
+        let mut sources = Vec::new();
+        for (place, request) in places.into_iter().zip(requests) {
+            let streams = place.submit(request).map_err(|error| ServiceError::refused(error, 1))?;
+            sources.extend(streams.into_iter().map(Source::Live));
+        }
+        Ok(sources)
+    }
+
+    /// What is recorded when a rule matches generated text.
+    fn on_match(&self) -> Box<dyn Fn(&crate::filter::RuleHit) + Send + Sync> {
+        let metrics = Arc::clone(&self.metrics);
+        Box::new(move |hit| {
+            observe::rule_hit(&metrics, FilterDirection::Output, hit);
+            if hit.action == crate::config::FilterAction::Block {
+                metrics.record_security(SecurityEvent::ResponseFiltered);
+                metrics.record_cancelled(CancelCause::Filter);
+            }
+        })
+    }
+
+    /// The served model.
+    pub fn card(&self) -> &ModelCard {
+        &self.card
+    }
+
+    /// The engine, for its status and its end.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        self.prompter.tokenizer()
+    }
+}
