@@ -168,14 +168,13 @@ impl Session {
                 prompt.len()
             )));
         };
-        let stop_tokens: Arc<[TokenId]> = self.service.stop_tokens().into();
         let request = GenerationRequest {
             prompt,
             sampling: self.sampling.clone(),
             num_choices: 1,
             max_tokens: self.max_tokens.min(room),
             min_tokens: 0,
-            stop_tokens: Arc::clone(&stop_tokens),
+            stop_tokens: Arc::clone(self.service.stop_tokens()),
             logprobs: None,
             prompt_logprobs: None,
             deadline: Instant::now() + NO_DEADLINE,

@@ -275,6 +275,16 @@ impl Service {
         &self.engine
     }
 
+    /// Template and tokenizer.
+    pub fn prompter(&self) -> &ChatPrompter {
+        &self.prompter
+    }
+
+    /// Tokens that end a generation.
+    pub fn stop_tokens(&self) -> &Arc<[TokenId]> {
+        &self.stop_tokens
+    }
+
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         self.prompter.tokenizer()
