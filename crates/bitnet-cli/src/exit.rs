@@ -6,34 +6,34 @@ use bitnet_core::{LoadError, kernels::KernelError};
 
 /// A failure with its exit code.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     code: u8,
     message: String,
 }
 
 impl Failure {
     /// 64: the command line is wrong.
-    pub fn usage(message: impl fmt::Display) -> Self {
+    pub(crate) fn usage(message: impl fmt::Display) -> Self {
         Self::new(64, message)
     }
 
     /// 65: a model file is broken or of a kind that cannot be served.
-    pub fn model(message: impl fmt::Display) -> Self {
+    pub(crate) fn model(message: impl fmt::Display) -> Self {
         Self::new(65, message)
     }
 
     /// 70: the engine died.
-    pub fn engine(message: impl fmt::Display) -> Self {
+    pub(crate) fn engine(message: impl fmt::Display) -> Self {
         Self::new(70, message)
     }
 
     /// 78: the configuration is wrong.
-    pub fn configuration(message: impl fmt::Display) -> Self {
+    pub(crate) fn configuration(message: impl fmt::Display) -> Self {
         Self::new(78, message)
     }
 
     /// Says the one line and gives the code.
-    pub fn report(&self) -> ExitCode {
+    pub(crate) fn report(&self) -> ExitCode {
         eprintln!("bitnet: {}", self.message);
         ExitCode::from(self.code)
     }

@@ -12,7 +12,7 @@ use crate::exit::Failure;
 
 /// Shows what a model file holds: architecture, geometry, tensors, tokenizer, chat template.
 #[derive(Debug, clap::Args)]
-pub struct InspectArgs {
+pub(crate) struct InspectArgs {
     /// A GGUF file or a Hugging Face directory
     #[arg(short, long, value_name = "PATH")]
     model: PathBuf,
@@ -25,7 +25,7 @@ pub struct InspectArgs {
 ///
 /// # Errors
 /// When the model cannot be opened.
-pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+pub(crate) fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let checkpoint = checkpoint::open(&args.model, &checkpoint::LoadOptions::default())?;
     let facts = facts(&checkpoint);
     if args.json {

@@ -36,7 +36,8 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            print!("{}", error.render().ansi());
+            // A closed stdout is no failure.
+            let _ = error.print();
             return ExitCode::SUCCESS;
         }
         Err(error) => return usage(&error).report(),

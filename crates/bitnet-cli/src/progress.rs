@@ -5,7 +5,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar over repacked weights. It appears only when loading takes noticeable time.
-pub fn weights_bar() -> ProgressBar {
+pub(crate) fn weights_bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let style =
         ProgressStyle::with_template("loading  {bar:40}  {percent:>3} %  {msg}").expect("the template is valid");

@@ -21,7 +21,7 @@ use crate::{exit::Failure, progress::weights_bar};
 
 /// Generates text on the terminal.
 #[derive(Debug, clap::Args)]
-pub struct RunArgs {
+pub(crate) struct RunArgs {
     /// A GGUF file or a Hugging Face directory
     #[arg(short, long, env = "BITNET_MODEL", value_name = "PATH")]
     model: PathBuf,
@@ -64,7 +64,7 @@ pub struct RunArgs {
 ///
 /// # Errors
 /// [`Failure`] with the exit code of the contract.
-pub fn run(args: RunArgs) -> Result<(), Failure> {
+pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
     let session = Session::start(&args)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()

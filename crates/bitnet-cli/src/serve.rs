@@ -1,6 +1,9 @@
 //! `bitnet serve`: configuration, log, banner; the library does the rest.
 
-use std::{borrow::Cow, io::Write as _};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal as _, Write as _},
+};
 
 use bitnet_core::{LoadOptions, checkpoint};
 use bitnet_server::{
@@ -19,7 +22,7 @@ const BUILT_IN_NAME: &str = "tiny-random";
 
 /// Serves a model over HTTP.
 #[derive(Debug, clap::Args)]
-pub struct ServeArgs {
+pub(crate) struct ServeArgs {
     #[command(flatten)]
     settings: RawConfig,
     /// Check the configuration, say what is wrong with it, and exit
@@ -31,7 +34,7 @@ pub struct ServeArgs {
 ///
 /// # Errors
 /// [`Failure`] with the exit code of the contract.
-pub fn serve(args: ServeArgs) -> Result<(), Failure> {
+pub(crate) fn serve(args: ServeArgs) -> Result<(), Failure> {
     let config = ServerConfig::resolve(args.settings).map_err(Failure::configuration)?;
     start_log(config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -102,7 +105,10 @@ fn print_banner(serving: &Serving, builtin: bool) {
 
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_env("BITNET_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => log.with_target(false).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
