@@ -218,7 +218,11 @@ impl Families {
                 "Duration of a real generation for a health check.",
                 FIRST_TOKEN_BUCKETS,
             ),
-            anonymous_memory: process(registry, "process_anonymous_memory_bytes", "Resident memory not backed by files."),
+            anonymous_memory: process(
+                registry,
+                "process_anonymous_memory_bytes",
+                "Resident memory not backed by files.",
+            ),
             swapped_memory: process(registry, "process_swapped_memory_bytes", "Memory moved to swap."),
         };
         families.initialise();

@@ -173,7 +173,8 @@ fn every_metric_named_in_deploy_exists() {
     let families = snapshot["metrics"].as_object().expect("an object");
     let exists = |name: &str| {
         let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
-        families.contains_key(name) || base.is_some_and(|base| families.get(base).is_some_and(|f| f["type"] == "histogram"))
+        families.contains_key(name)
+            || base.is_some_and(|base| families.get(base).is_some_and(|f| f["type"] == "histogram"))
     };
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut files = Vec::new();
