@@ -3,7 +3,7 @@
 //! The crate knows no HTTP, no wire types, no text protocol and no async. Data flows one way:
 //! file -> [`checkpoint::Checkpoint`] -> [`model::Model`] -> [`model::Batch`] in, logits out -> [`sampling`] -> token ids
 //! -> [`tokenizer::Tokenizer`] -> text. Imports between the modules: `kernels`, `checkpoint` -> `quant`;
-//! `kernels`, `quant` -> `threads`; `tokenizer` -> `checkpoint`; `model` -> `checkpoint`, `quant`, `kernels`, `kv_cache`,
+//! `kernels`, `quant` -> `threads`; `tokenizer` -> `checkpoint`; `sampling` -> `kernels`; `model` -> `checkpoint`, `quant`, `kernels`, `kv_cache`,
 //! `threads`; all others only `ids`.
 //!
 //! Unsafe code is denied here and allowed only in `kernels`, `threads` and `checkpoint::map`.

@@ -155,6 +155,13 @@ impl SequenceStream {
     pub async fn next(&mut self) -> SequenceEvent {
         self.events.recv().await.unwrap_or(SequenceEvent::Failed(EngineError::Stopped))
     }
+
+    /// Everything said so far, and whether nothing can follow.
+    #[cfg(test)]
+    pub(super) fn said(mut self) -> (Vec<SequenceEvent>, bool) {
+        let said = std::iter::from_fn(|| self.events.try_recv().ok()).collect();
+        (said, self.events.is_closed())
+    }
 }
 
 /// A snapshot for `/health` and `/stats`, read from atomics.
@@ -204,9 +211,10 @@ impl EngineHandle {
     /// What the engine is doing.
     pub fn status(&self) -> EngineStatus {
         let shared = &self.shared;
+        let waiting = shared.waiting.load(Ordering::Acquire); // first: a request waits until after it counts as running
         EngineStatus {
             running: shared.running.load(Ordering::Relaxed),
-            waiting: shared.waiting.load(Ordering::Relaxed),
+            waiting,
             max_waiting: shared.max_waiting,
             alive: shared.alive.load(Ordering::Acquire),
             stalled_seconds: shared.stalled_seconds(),

@@ -12,6 +12,10 @@ mod pace;
 pub mod scheduler;
 pub mod sequence;
 mod start;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod thread;
 
 pub use handle::{

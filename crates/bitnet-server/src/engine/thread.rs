@@ -91,7 +91,7 @@ impl<E: Executor> EngineLoop<E> {
             if self.shared.stopping() {
                 return self.fail_all(EngineError::ShuttingDown);
             }
-            if !self.clients.is_empty() {
+            if self.has_work() {
                 self.turn(Instant::now());
                 continue;
             }
@@ -104,8 +104,19 @@ impl<E: Executor> EngineLoop<E> {
         }
     }
 
+    /// Whether any sequence is in the scheduler.
+    pub(super) fn has_work(&self) -> bool {
+        !self.clients.is_empty()
+    }
+
+    /// What runs and waits, for tests.
+    #[cfg(test)]
+    pub(super) fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
     /// Takes submissions over while the scheduler has room: what waits beyond that stays in the channel.
-    fn drain(&mut self) {
+    pub(super) fn drain(&mut self) {
         while self.scheduler.has_room() {
             match self.commands.try_recv() {
                 Ok(command) => self.take(command),
@@ -145,7 +156,7 @@ impl<E: Executor> EngineLoop<E> {
     }
 
     /// One round with work to do.
-    fn turn(&mut self, now: Instant) {
+    pub(super) fn turn(&mut self, now: Instant) {
         self.shared.beat(true);
         self.drop_gone(now);
         self.step();
@@ -172,6 +183,9 @@ impl<E: Executor> EngineLoop<E> {
         if batch.shares.is_empty() {
             return;
         }
+        // Before the places are given back, so that nobody sees an engine with neither waiting nor running work.
+        self.shared.running.store(batch.shares.len(), Ordering::Relaxed);
+        self.metrics.set_running(batch.shares.len());
         let began = Instant::now();
         let phase = phase_of(&batch.shares);
         for share in &batch.shares {

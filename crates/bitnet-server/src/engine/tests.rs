@@ -1,0 +1,378 @@
+//! The engine without a model: a seeded simulation of the whole loop, and the handle from the async side.
+
+use std::{
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use bitnet_core::{BlockId, TokenId, kv_cache::KvDtype};
+
+use super::{
+    Engine, EngineConfig, EngineEnd, EngineError, EngineHandle, EngineThread, FinishReason, GenerationRequest,
+    SequenceEvent, SequenceStream, StartError, SubmitError,
+    handle::Shared,
+    testing::{DRAWN_IDS, FakeExecutor, PANIC, POISON, hashed_token, metrics, request, score},
+    thread::EngineLoop,
+};
+
+/// SplitMix64: the simulation's only source of chance.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ mixed >> 31) % bound as u64) as usize
+    }
+}
+
+/// Everything one choice has to say if it is left alone.
+fn expected(request: &GenerationRequest, choice: u32, max_model_len: usize) -> Vec<SequenceEvent> {
+    let mut tokens = request.prompt.clone();
+    let scored = (1..tokens.len()).map(|position| Some(score(&tokens[..=position])));
+    let logprobs = request.prompt_logprobs.map(|_| std::iter::once(None).chain(scored).collect());
+    if request.prompt.contains(&POISON) {
+        return vec![SequenceEvent::Failed(EngineError::NotFinite)];
+    }
+    let mut events = vec![SequenceEvent::PromptDone { cached_tokens: 0, logprobs }];
+    for _ in 0..request.max_tokens {
+        let token = hashed_token(&tokens, &request.sampling, choice);
+        tokens.push(token);
+        events.push(SequenceEvent::Token(super::TokenEvent { token, logprobs: None }));
+        if request.stop_tokens.contains(&token) {
+            events.push(SequenceEvent::Finished(FinishReason::Stop));
+            return events;
+        }
+        if tokens.len() == max_model_len {
+            break;
+        }
+    }
+    events.push(SequenceEvent::Finished(FinishReason::Length));
+    events
+}
+
+struct Simulation {
+    chance: Chance,
+    config: EngineConfig,
+    longest_prompt: usize,
+    engine: EngineLoop<FakeExecutor>,
+    handle: EngineHandle,
+    began: Instant,
+    round: u64,
+    streams: Vec<(Arc<GenerationRequest>, u32, SequenceStream)>,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let mut chance = Chance(seed);
+        let num_kv_blocks = 1 + chance.below(10);
+        let config = EngineConfig {
+            max_num_seqs: 1 + chance.below(6),
+            max_num_batched_tokens: 1 + chance.below(40),
+            max_queue: 1 + chance.below(8),
+            max_model_len: 2 + chance.below(num_kv_blocks * 16 - 1),
+            num_kv_blocks,
+            kv_dtype: KvDtype::F16,
+        };
+        let shared = Arc::new(Shared::new(config.max_queue, config.max_model_len, metrics()));
+        let (handle, commands) = EngineHandle::new(Arc::clone(&shared));
+        let engine = EngineLoop::new(FakeExecutor::new(&config), &config, commands, shared, metrics());
+        let longest_prompt = 1 + chance.below(config.max_model_len);
+        Self { chance, config, longest_prompt, engine, handle, began: Instant::now(), round: 0, streams: Vec::new() }
+    }
+
+    /// Time is a second a round.
+    fn now(&self) -> Instant {
+        self.began + Duration::from_secs(self.round)
+    }
+
+    fn arrive(&mut self) {
+        let Ok(permit) = self.handle.reserve() else {
+            assert_eq!(self.handle.status().waiting, self.config.max_queue, "only a full queue refuses");
+            return;
+        };
+        let chance = &mut self.chance;
+        let max_tokens = chance.below(self.config.max_model_len);
+        let longest_prompt = (self.config.max_model_len - max_tokens.min(1)).min(self.longest_prompt);
+        let mut prompt: Vec<u32> =
+            (0..=chance.below(longest_prompt)).map(|_| chance.below(DRAWN_IDS as usize) as u32).collect();
+        if chance.below(20) == 0 {
+            prompt[0] = POISON.0;
+        }
+        let stop_tokens = (0..chance.below(3)).map(|_| TokenId(chance.below(DRAWN_IDS as usize) as u32)).collect();
+        let lifetime = if chance.below(10) == 0 { chance.below(20) as u64 } else { 1_000_000 };
+        let mut request = request(&prompt, max_tokens);
+        request.sampling.seed = chance.below(1000) as i64;
+        request.num_choices = 1 + chance.below(3) as u32;
+        request.prompt_logprobs = (chance.below(3) == 0).then_some(0);
+        request.stop_tokens = stop_tokens;
+        request.deadline = self.began + Duration::from_secs(self.round + lifetime);
+        let streams = permit.submit(request.clone()).expect("alive");
+        let request = Arc::new(request);
+        self.streams.extend((0..).zip(streams).map(|(choice, stream)| (Arc::clone(&request), choice, stream)));
+    }
+
+    /// One round of the engine thread's loop, and what must hold after each.
+    fn turn(&mut self) {
+        self.round += 1;
+        self.engine.drain();
+        if self.engine.has_work() {
+            self.engine.turn(self.now());
+        }
+        let scheduler = self.engine.scheduler();
+        let blocks = scheduler.blocks();
+        let mut counts = vec![0; blocks.num_blocks()];
+        let tables = scheduler.running().iter().flat_map(|sequence| &sequence.block_table);
+        tables.for_each(|block: &BlockId| counts[block.index()] += 1);
+        assert_eq!(blocks.reference_counts(), counts, "each holder is a running sequence");
+        assert_eq!(blocks.num_free(), counts.iter().filter(|&&count| count == 0).count());
+        assert!(scheduler.waiting().all(|sequence| sequence.block_table.is_empty()));
+        let ids: Vec<_> = scheduler.running().iter().chain(scheduler.waiting()).map(|sequence| sequence.id).collect();
+        assert!(ids.is_sorted(), "what runs is older than what waits");
+        assert!(scheduler.running().len() <= self.config.max_num_seqs);
+        let most_waiting = self.config.max_queue + 2 + self.config.max_num_seqs; // the last request's choices, the preempted
+        assert!(scheduler.waiting().len() <= most_waiting, "the queue is bounded");
+        assert!(self.handle.status().waiting <= self.config.max_queue);
+    }
+
+    /// How often somebody was preempted.
+    fn run(mut self) -> u64 {
+        for _ in 0..60 {
+            while self.chance.below(3) == 0 {
+                self.arrive();
+            }
+            if self.chance.below(8) == 0 && !self.streams.is_empty() {
+                let gone = self.chance.below(self.streams.len());
+                self.streams.swap_remove(gone);
+            }
+            self.turn();
+        }
+        // The oldest sequence moves in every round, and one that was preempted starts again at most once for each older.
+        let work: usize = self.streams.iter().map(|(request, ..)| request.prompt.len() + request.max_tokens).sum();
+        let bound = self.round + 100 + 2 * (work * (1 + self.config.max_num_seqs)) as u64;
+        while self.engine.has_work() || self.handle.status().waiting > 0 {
+            self.turn();
+            assert!(self.round < bound, "somebody starves");
+        }
+        assert_eq!(self.engine.scheduler().blocks().num_free(), self.config.num_kv_blocks);
+        for (request, choice, stream) in self.streams {
+            let (said, ended) = stream.said();
+            let whole = expected(&request, choice, self.config.max_model_len);
+            assert!(ended, "nothing follows the terminal event");
+            if said.last() == Some(&SequenceEvent::Failed(EngineError::Timeout)) {
+                assert_eq!(said[..said.len() - 1], whole[..said.len() - 1]);
+            } else {
+                assert_eq!(said, whole);
+            }
+        }
+        self.engine.scheduler().num_preemptions()
+    }
+}
+
+#[test]
+fn simulation_keeps_every_promise() {
+    let mut preemptions = 0;
+    for seed in 0..2000 {
+        let run = std::panic::catch_unwind(|| Simulation::new(seed).run());
+        preemptions += run.unwrap_or_else(|_| panic!("seed {seed}"));
+    }
+    assert!(preemptions > 500, "{preemptions} preemptions prove little about recomputation");
+}
+
+fn config(max_num_seqs: usize, max_queue: usize) -> EngineConfig {
+    EngineConfig {
+        max_num_seqs,
+        max_num_batched_tokens: 16,
+        max_queue,
+        max_model_len: 64,
+        num_kv_blocks: 16,
+        kv_dtype: KvDtype::F16,
+    }
+}
+
+fn start(config: &EngineConfig) -> (EngineHandle, EngineThread) {
+    Engine::start_with(FakeExecutor::new(config), config, metrics()).expect("the fake starts")
+}
+
+/// An engine that waits for a message before each token, after saying that it is about to.
+fn start_gated(config: &EngineConfig) -> (EngineHandle, EngineThread, mpsc::Sender<()>, mpsc::Receiver<()>) {
+    let (open, gate) = mpsc::channel();
+    let (say_reached, reached) = mpsc::channel();
+    open.send(()).expect("the warm-up passes");
+    let executor = FakeExecutor::choosing(config, move |sequence| {
+        let _ = say_reached.send(());
+        let _ = gate.recv();
+        hashed_token(&sequence.tokens, &sequence.request.sampling, sequence.choice)
+    });
+    let (handle, thread) = Engine::start_with(executor, config, metrics()).expect("the fake starts");
+    reached.recv().expect("the warm-up");
+    (handle, thread, open, reached)
+}
+
+fn submit(handle: &EngineHandle, request: GenerationRequest) -> SequenceStream {
+    handle.reserve().expect("a place").submit(request).expect("alive").remove(0)
+}
+
+async fn read_all(mut stream: SequenceStream) -> Vec<SequenceEvent> {
+    let mut events = Vec::new();
+    loop {
+        let event = stream.next().await;
+        let ended = matches!(event, SequenceEvent::Finished(_) | SequenceEvent::Failed(_));
+        events.push(event);
+        if ended {
+            return events;
+        }
+    }
+}
+
+async fn last(stream: SequenceStream) -> Option<SequenceEvent> {
+    read_all(stream).await.pop()
+}
+
+#[tokio::test]
+async fn choices_answer_for_themselves_and_a_slow_reader_stops_nobody() {
+    let config = config(4, 4);
+    let (handle, mut thread) = start(&config);
+    let request = GenerationRequest { num_choices: 3, ..request(&[1, 2, 3], 20) };
+    let unread = submit(&handle, request.clone());
+    let streams = handle.reserve().expect("a place").submit(request.clone()).expect("alive");
+    for (choice, stream) in (0..).zip(streams) {
+        assert_eq!(read_all(stream).await, expected(&request, choice, 64));
+    }
+    assert_eq!(read_all(unread).await, expected(&request, 0, 64));
+    drop(handle);
+    assert_eq!(thread.stopped().await, EngineEnd::Shutdown, "without handles there is nothing to wait for");
+    assert_eq!(thread.stopped().await, EngineEnd::Shutdown);
+}
+
+#[tokio::test]
+async fn the_queue_is_full_at_exactly_its_size_and_a_place_comes_back() {
+    let (handle, _thread, open, reached) = start_gated(&config(1, 3));
+    let running = submit(&handle, request(&[1], 1));
+    reached.recv().expect("it runs");
+    let waiting = submit(&handle, request(&[2], 1));
+    let permits = [handle.reserve(), handle.reserve()];
+    assert!(permits.iter().all(Result::is_ok));
+    assert_eq!(handle.reserve().err(), Some(SubmitError::QueueFull));
+    let status = handle.status();
+    assert_eq!((status.running, status.waiting, status.max_waiting, status.alive), (1, 3, 3, true));
+    drop(permits);
+    assert_eq!(handle.status().waiting, 1, "a permit that is dropped gives its place back");
+    open.send(()).expect("the engine waits");
+    assert_eq!(last(running).await, Some(SequenceEvent::Finished(FinishReason::Length)));
+    reached.recv().expect("the next one runs");
+    assert_eq!(handle.status().waiting, 0, "what runs does not wait");
+    open.send(()).expect("the engine waits");
+    assert_eq!(last(waiting).await, Some(SequenceEvent::Finished(FinishReason::Length)));
+}
+
+#[tokio::test]
+async fn a_stream_that_is_dropped_while_it_waits_gives_its_place_back() {
+    let (handle, _thread, open, reached) = start_gated(&config(1, 2));
+    let running = submit(&handle, request(&[1], 2));
+    reached.recv().expect("it runs");
+    drop([submit(&handle, request(&[2], 1)), submit(&handle, request(&[3], 1))]);
+    open.send(()).expect("the engine waits");
+    reached.recv().expect("the second step, so the round between them is over");
+    assert_eq!(handle.status().waiting, 0);
+    open.send(()).expect("the engine waits");
+    assert_eq!(last(running).await, Some(SequenceEvent::Finished(FinishReason::Length)));
+}
+
+#[tokio::test]
+async fn what_does_not_fit_or_is_not_finite_fails_alone() {
+    let (handle, _thread) = start(&config(4, 8));
+    let invalid = [SequenceEvent::Failed(EngineError::Invalid)];
+    for bad in [request(&[], 1), request(&[0; 64], 1), request(&[64], 1)] {
+        assert_eq!(read_all(submit(&handle, bad)).await, invalid);
+    }
+    let scored = submit(&handle, request(&[0; 64], 0));
+    assert_eq!(
+        last(scored).await,
+        Some(SequenceEvent::Finished(FinishReason::Length)),
+        "scoring a full context is fine"
+    );
+    let poisoned = submit(&handle, request(&[POISON.0], 5));
+    let healthy = submit(&handle, request(&[1, 2], 5));
+    assert_eq!(last(poisoned).await, Some(SequenceEvent::Failed(EngineError::NotFinite)));
+    assert_eq!(read_all(healthy).await, expected(&request(&[1, 2], 5), 0, 64));
+    let late = GenerationRequest { deadline: Instant::now(), ..request(&[1], 5) };
+    assert_eq!(read_all(submit(&handle, late)).await, [SequenceEvent::Failed(EngineError::Timeout)]);
+}
+
+#[tokio::test]
+async fn death_is_loud() {
+    let (handle, mut thread, open, reached) = start_gated(&config(1, 4));
+    let running = submit(&handle, request(&[1], 2));
+    reached.recv().expect("it runs");
+    let fatal = submit(&handle, request(&[PANIC.0], 1));
+    let waiting = submit(&handle, request(&[1], 1));
+    let permit = handle.reserve().expect("a place");
+    drop(open);
+    assert_eq!(last(running).await, Some(SequenceEvent::Finished(FinishReason::Length)));
+    let stopped = Some(SequenceEvent::Failed(EngineError::Stopped));
+    assert_eq!(last(fatal).await, stopped);
+    assert_eq!(last(waiting).await, stopped);
+    assert!(!handle.status().alive, "nobody learns of the end before the status says so");
+    assert!(matches!(thread.stopped().await, EngineEnd::Died(message) if message.contains("the fake model panics")));
+    assert_eq!(permit.submit(request(&[1], 1)).err(), Some(SubmitError::Stopped));
+    assert_eq!(handle.reserve().err(), Some(SubmitError::Stopped));
+    assert_eq!(handle.status().waiting, 0);
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_what_is_left() {
+    let (handle, mut thread, open, reached) = start_gated(&config(1, 4));
+    let running = submit(&handle, request(&[1], 50));
+    reached.recv().expect("it runs");
+    let waiting = submit(&handle, request(&[1], 1));
+    handle.shutdown();
+    handle.shutdown();
+    assert_eq!(handle.reserve().err(), Some(SubmitError::Stopped));
+    open.send(()).expect("the engine waits");
+    let shutting_down = Some(SequenceEvent::Failed(EngineError::ShuttingDown));
+    assert_eq!(last(running).await, shutting_down);
+    assert_eq!(last(waiting).await, shutting_down);
+    assert_eq!(thread.stopped().await, EngineEnd::Shutdown);
+    let status = handle.status();
+    assert_eq!((status.alive, status.running, status.waiting), (false, 0, 0));
+}
+
+#[tokio::test]
+async fn an_idle_engine_hears_a_shutdown_and_is_never_stalled() {
+    let (handle, mut thread) = start(&config(1, 1));
+    assert_eq!(handle.status().stalled_seconds, 0.0);
+    handle.shutdown();
+    assert_eq!(thread.stopped().await, EngineEnd::Shutdown);
+}
+
+#[tokio::test]
+async fn work_without_a_step_is_a_stall() {
+    let (handle, _thread, open, reached) = start_gated(&config(1, 1));
+    let stream = submit(&handle, request(&[1], 1));
+    reached.recv().expect("it runs");
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert!(handle.status().stalled_seconds > 0.0);
+    assert!((1..=60).contains(&handle.status().retry_after_seconds));
+    open.send(()).expect("the engine waits");
+    assert!(last(stream).await.is_some());
+}
+
+#[test]
+fn limits_without_room_are_refused() {
+    let good = config(1, 1);
+    for bad in [
+        EngineConfig { max_num_seqs: 0, ..good.clone() },
+        EngineConfig { max_num_batched_tokens: 0, ..good.clone() },
+        EngineConfig { max_queue: 0, ..good.clone() },
+        EngineConfig { max_model_len: 0, ..good.clone() },
+        EngineConfig { num_kv_blocks: 3, ..good.clone() },
+    ] {
+        let started = Engine::start_with(FakeExecutor::new(&good), &bad, metrics());
+        assert!(matches!(started.err(), Some(StartError::Config(_))), "{bad:?}");
+    }
+    let dying = FakeExecutor::choosing(&good, |_| panic!("no first token"));
+    let started = Engine::start_with(dying, &good, metrics());
+    assert!(matches!(started.err(), Some(StartError::WarmUp(EngineEnd::Died(message))) if message == "no first token"));
+}

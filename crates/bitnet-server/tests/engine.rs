@@ -1,0 +1,149 @@
+//! The engine over a real (small) model: an answer is the same to the bit alone and in a crowd, whatever the budget, the
+//! number of threads, and however often a sequence is preempted.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bitnet_core::{
+    LoadOptions, Model, TokenId, checkpoint, kernels, kv_cache::KvDtype, sampling::SamplingParams, threads::WorkerPool,
+};
+use bitnet_server::{
+    engine::{Engine, EngineConfig, EngineError, EngineHandle, GenerationRequest, SequenceEvent, SequenceStream},
+    metrics::{Metrics, MetricsLimits},
+};
+
+const VOCAB_SIZE: usize = 512;
+
+fn start(num_threads: usize, config: &EngineConfig) -> EngineHandle {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/public/p1_packed");
+    let checkpoint = checkpoint::open(&path, &LoadOptions::default()).expect("a golden checkpoint");
+    let mut pool = WorkerPool::new(num_threads);
+    let kernel = kernels::select("auto").expect("there is always one");
+    let model = Model::load(&checkpoint, kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
+    let metrics = Arc::new(Metrics::new("p1", MetricsLimits { max_num_seqs: 8, max_queue: 64 }));
+    Engine::start(model, pool, config, metrics).expect("a small engine").0
+}
+
+fn roomy() -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        max_queue: 64,
+        max_model_len: 128,
+        num_kv_blocks: 64,
+        kv_dtype: KvDtype::F16,
+    }
+}
+
+/// Greedy, sampled, filtered, penalised, scored: one of each, of different lengths.
+fn requests() -> Vec<GenerationRequest> {
+    let sampled = |seed| SamplingParams { seed, ..SamplingParams::default() };
+    let sampling = [
+        SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        sampled(1),
+        SamplingParams { top_p: 0.8, temperature: 1.3, ..sampled(2) },
+        SamplingParams { top_k: 5, min_p: 0.01, ..sampled(3) },
+        SamplingParams { frequency_penalty: 1.0, repetition_penalty: 1.2, ..sampled(4) },
+        SamplingParams { logit_bias: vec![(TokenId(7), 5.0)], ..sampled(-5) },
+    ];
+    let now = Instant::now();
+    (1_u32..)
+        .zip(sampling)
+        .map(|(number, sampling)| GenerationRequest {
+            prompt: (0..number * 11).map(|i| TokenId((i * 37 + number * 101) % 500)).collect(),
+            sampling: sampling.validated(VOCAB_SIZE).expect("inside every range"),
+            num_choices: 1 + number % 2,
+            max_tokens: if number == 6 { 0 } else { 60 },
+            min_tokens: number as usize,
+            stop_tokens: Arc::new([TokenId(501), TokenId(509)]),
+            logprobs: (number % 2 == 0).then_some(3),
+            prompt_logprobs: (number % 3 == 0).then_some(2),
+            deadline: now + Duration::from_secs(600),
+            arrival: now,
+        })
+        .collect()
+}
+
+fn submit(handle: &EngineHandle, request: &GenerationRequest) -> Vec<SequenceStream> {
+    handle.reserve().expect("a place").submit(request.clone()).expect("the engine lives")
+}
+
+async fn read_all(streams: Vec<SequenceStream>) -> Vec<Vec<SequenceEvent>> {
+    let mut answers = Vec::new();
+    for mut stream in streams {
+        let mut events = Vec::new();
+        loop {
+            events.push(stream.next().await);
+            match events.last() {
+                Some(SequenceEvent::Finished(_)) => break,
+                Some(SequenceEvent::Failed(error)) => panic!("{error}"),
+                _ => {}
+            }
+        }
+        answers.push(events);
+    }
+    answers
+}
+
+#[tokio::test]
+async fn an_answer_never_depends_on_its_neighbours() {
+    let handle = start(1, &roomy());
+    let requests = requests();
+    let mut alone = Vec::new();
+    for request in &requests {
+        alone.push(read_all(submit(&handle, request)).await);
+    }
+    check_shapes(&requests, &alone);
+
+    // Eight blocks hold one context: sequences that start together outgrow them and preempt each other.
+    let crowded = EngineConfig { max_num_batched_tokens: 5, num_kv_blocks: 8, ..roomy() };
+    for (num_threads, config) in [(2, roomy()), (1, crowded)] {
+        let handle = start(num_threads, &config);
+        let streams: Vec<_> = requests.iter().rev().map(|request| submit(&handle, request)).collect();
+        for (streams, alone) in streams.into_iter().rev().zip(&alone) {
+            assert_eq!(&read_all(streams).await, alone, "{config:?}");
+        }
+    }
+}
+
+/// The answers are about something: prompts scored, tokens with alternatives, choices that differ.
+fn check_shapes(requests: &[GenerationRequest], answers: &[Vec<Vec<SequenceEvent>>]) {
+    for (request, choices) in requests.iter().zip(answers) {
+        for events in choices {
+            let SequenceEvent::PromptDone { logprobs, .. } = &events[0] else { panic!("the prompt comes first") };
+            assert_eq!(logprobs.as_ref().map(Vec::len), request.prompt_logprobs.map(|_| request.prompt.len()));
+            if let Some(entries) = logprobs {
+                assert!(entries[0].is_none());
+                assert!(entries[1..].iter().flatten().all(|entry| entry.logprob < 0.0 && entry.top.len() == 2));
+                assert_eq!(entries.iter().flatten().count(), request.prompt.len() - 1);
+            }
+            let tokens = events.iter().filter_map(|event| match event {
+                SequenceEvent::Token(token) => Some(token),
+                _ => None,
+            });
+            let tokens: Vec<_> = tokens.collect();
+            assert!(tokens.len() >= request.min_tokens.min(request.max_tokens));
+            assert!(
+                tokens.iter().all(|token| token.logprobs.as_ref().map(|entry| entry.top.len()) == request.logprobs)
+            );
+        }
+        if request.num_choices == 2 && request.max_tokens > 0 && request.sampling.temperature > 0.0 {
+            assert_ne!(choices[0], choices[1], "each choice has its own noise");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_token_outside_the_vocabulary_fails_its_request_alone() {
+    let handle = start(1, &roomy());
+    let mut bad = requests().remove(0);
+    bad.prompt.push(TokenId(VOCAB_SIZE as u32));
+    let mut streams = submit(&handle, &bad);
+    let good = submit(&handle, &requests()[1]);
+    assert_eq!(streams[0].next().await, SequenceEvent::Failed(EngineError::Invalid));
+    read_all(good).await;
+    assert!(handle.status().alive);
+}
