@@ -4,7 +4,7 @@ use std::{collections::HashSet, path::Path};
 
 use serde::Deserialize;
 
-use super::ConfigError;
+use super::{ConfigError, raw::toml_reason};
 
 /// Longest rule id: it is a metric label and a log field.
 const MAX_ID_BYTES: usize = 64;
@@ -70,6 +70,18 @@ pub enum Direction {
     Both,
 }
 
+impl Direction {
+    /// Whether prompts are read.
+    pub fn reads_input(self) -> bool {
+        self != Self::Output
+    }
+
+    /// Whether generated text is read.
+    pub fn reads_output(self) -> bool {
+        self != Self::Input
+    }
+}
+
 /// What a match does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -123,7 +135,7 @@ impl FilterRules {
             rule: Vec<FilterRule>,
         }
         let refused = |reason: String| ConfigError::File { path: origin.to_owned(), reason };
-        let file: File = toml::from_str(text).map_err(|error| refused(error.to_string().trim().to_owned()))?;
+        let file: File = toml::from_str(text).map_err(|error| refused(toml_reason(text, &error)))?;
         let mut ids = HashSet::new();
         for rule in &file.rule {
             if !ids.insert(&rule.id) {

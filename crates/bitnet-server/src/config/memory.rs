@@ -136,3 +136,37 @@ fn read_limit(file: &Path) -> Option<u64> {
     let bytes: u64 = fs::read_to_string(file).ok()?.trim().parse().ok()?;
     (bytes < 1 << 60).then_some(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_limit_of_the_groups_above_counts() {
+        let root = std::env::temp_dir().join(format!("bitnet-cgroup-{}", std::process::id()));
+        let write = |path: &str, text: &str| {
+            let file = root.join(path);
+            fs::create_dir_all(file.parent().expect("a folder")).expect("writable");
+            fs::write(file, text).expect("writable");
+        };
+        write("memory.max", "max\n");
+        write("a/memory.max", "1000\n");
+        write("a/b/memory.max", "2000\n");
+        write("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory/c/memory.limit_in_bytes", "3000\n");
+        let limit = |text: &str| cgroup_limit(text, &root);
+        assert_eq!(limit("0::/a/b\n"), Some(1000));
+        assert_eq!(limit("0::/\n"), None);
+        assert_eq!(limit("12:cpu,cpuacct:/c\n5:memory:/c\n"), Some(3000));
+        assert_eq!(limit("5:memory:/only/outside/the/container\n"), None);
+        write("memory.max", "500\n");
+        assert_eq!(limit("0::/only/outside/the/container\n"), Some(500), "the mount's root is the container's group");
+        fs::remove_dir_all(&root).expect("removable");
+    }
+
+    #[test]
+    fn the_machines_memory_is_read() {
+        assert_eq!(parse_mem_total("MemTotal:       16 kB\nMemFree: 1 kB\n"), Some(16384));
+        assert_eq!(parse_mem_total("nothing"), None);
+    }
+}

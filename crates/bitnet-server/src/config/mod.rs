@@ -8,6 +8,9 @@ mod memory;
 mod raw;
 mod resolve;
 
+#[cfg(test)]
+mod tests;
+
 pub use filter_rules::{Direction, FilterAction, FilterRule, FilterRules, MatchKind, Severity};
 pub use keys::{ClientId, KeySet};
 pub use memory::{MemoryPlan, MemoryRequest, detected_memory_limit, memory_plan};

@@ -152,7 +152,7 @@ impl RawConfig {
     /// [`ConfigError::File`] for broken TOML, an unknown key or a value of the wrong type, naming it.
     pub fn from_toml(text: &str, origin: &str) -> Result<Self, ConfigError> {
         let broken = |reason: String| ConfigError::File { path: origin.to_owned(), reason };
-        let table: toml::Table = toml::from_str(text).map_err(|error| broken(error.to_string().trim().to_owned()))?;
+        let table: toml::Table = toml::from_str(text).map_err(|error| broken(toml_reason(text, &error)))?;
         let mut settings = toml::Table::new();
         for (key, value) in table {
             let name = key.replace('_', "-");
@@ -162,8 +162,8 @@ impl RawConfig {
         }
         serde_path_to_error::deserialize(toml::Value::Table(settings)).map_err(|error| {
             let at = error.path().to_string();
-            let reason = error.inner().to_string();
-            broken(if at == "." { reason.trim().to_owned() } else { format!("{at}: {}", reason.trim()) })
+            let reason = error.inner().message();
+            broken(if at == "." { reason.to_owned() } else { format!("{at}: {reason}") })
         })
     }
 
@@ -175,6 +175,14 @@ impl RawConfig {
             reason: error.to_string(),
         })?;
         Self::from_toml(&text, &origin)
+    }
+}
+
+/// A TOML error as one line, with the number of the line it is about.
+pub(super) fn toml_reason(text: &str, error: &toml::de::Error) -> String {
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {}", before.matches('\n').count() + 1, error.message()),
+        None => error.message().to_owned(),
     }
 }
 
