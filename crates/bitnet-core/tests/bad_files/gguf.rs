@@ -1,5 +1,7 @@
 //! Broken GGUF files: one row a defect, made from a valid tiny file.
 
+use std::path::Path;
+
 use bitnet_core::checkpoint::{self, LoadError, LoadOptions};
 use proptest::prelude::*;
 
@@ -176,6 +178,12 @@ fn the_file_they_are_made_from_is_sound() {
     let checkpoint = open(GgufFile::valid().bytes()).unwrap();
     assert_eq!(checkpoint.config.vocab_size, 8);
     load(|| Ok(checkpoint)).unwrap();
+}
+
+#[test]
+fn the_seed_of_the_fuzzer_is_sound() {
+    let seed = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/gguf/tiny.gguf");
+    load(|| checkpoint::open(&seed, &LoadOptions::default())).unwrap();
 }
 
 #[test]
