@@ -134,7 +134,10 @@ fn a_bad_file_is_refused_by_name() {
     let error = |text: &str| RawConfig::from_toml(text, "my.toml").expect_err("bad").to_string();
     assert!(error("max-que = 1").starts_with("my.toml: ") && error("max-que = 1").contains("`max-que`"));
     assert!(error("port = \"x\"").contains("port") && error("port = 70000").contains("port"));
-    assert!(error("port = 1\nport = 2").contains("line 2: duplicate key") && error("max-n = 1\nmax_n = 2").contains("set twice"));
+    assert!(
+        error("port = 1\nport = 2").contains("line 2: duplicate key")
+            && error("max-n = 1\nmax_n = 2").contains("set twice")
+    );
     assert!(error("config = \"other.toml\"").contains("`config`"));
     assert!(error("# x\nport 1").starts_with("my.toml: line 2: "));
     assert!(["port 1", "port = \"x\"", "max-que = 1"].iter().all(|text| !error(text).contains('\n')), "one line");
