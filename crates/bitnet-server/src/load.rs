@@ -26,6 +26,9 @@ use crate::{
     service::{ModelCard, ModelNames, Parts, RequestRules, Service, unix_seconds},
 };
 
+/// Name of the model that is served when none is given, unless `--model-name` says otherwise.
+pub const BUILT_IN_MODEL_NAME: &str = "built-in";
+
 /// What loading depends on beside the file.
 #[derive(Clone, Debug)]
 pub struct LoadSettings {
