@@ -97,8 +97,8 @@ impl KvCache {
             let (keys, values) = self.storage[offset..offset + 2 * tile_bytes].split_at_mut(tile_bytes);
             let values = &mut values[slot * tile_bytes / BLOCK_TOKENS..];
             match dtype {
-                KvDtype::F32 => store(keys, values, slot, k, v, f32::to_ne_bytes),
-                KvDtype::F16 => store(keys, values, slot, k, v, |x| f32_to_f16(x).to_ne_bytes()),
+                KvDtype::F32 => store(keys, values, slot, k, v, f32_bytes),
+                KvDtype::F16 => store(keys, values, slot, k, v, f16_bytes),
             }
         }
     }
@@ -146,6 +146,16 @@ impl KvTile<'_> {
             }
         }
     }
+}
+
+#[inline(always)]
+fn f32_bytes(x: f32) -> [u8; 4] {
+    x.to_ne_bytes()
+}
+
+#[inline(always)]
+fn f16_bytes(x: f32) -> [u8; 2] {
+    f32_to_f16(x).to_ne_bytes()
 }
 
 /// Half-precision bits of `x`, rounded to nearest even, without a branch.

@@ -30,7 +30,7 @@ use config::ServerConfig;
 use engine::{EngineThread, StartError};
 use filter::{ContentFilter, FilterError};
 use http::{HttpState, serve_connections};
-use load::{LoadFailure, LoadedModel, default_model_name, start_service};
+use load::{BUILT_IN_MODEL_NAME, LoadFailure, LoadedModel, default_model_name, start_service};
 use metrics::{Metrics, MetricsLimits};
 use service::{Lifecycle, ModelCard, ModelNames, Service, unix_seconds};
 use shutdown::Signals;
@@ -91,7 +91,7 @@ impl App {
     /// [`ServeError::Filter`], [`ServeError::Bind`].
     pub async fn build(config: ServerConfig) -> Result<Self, ServeError> {
         let filter = config.content_filter.as_ref().map(ContentFilter::new).transpose()?;
-        let fallback = config.model.as_deref().map_or_else(|| "built-in".to_owned(), default_model_name);
+        let fallback = config.model.as_deref().map_or_else(|| BUILT_IN_MODEL_NAME.to_owned(), default_model_name);
         let names = ModelNames::new(&config.model_names, &fallback);
         let limits = MetricsLimits { max_num_seqs: config.max_num_seqs, max_queue: config.max_queue };
         let metrics = Arc::new(Metrics::new(names.id(), limits));

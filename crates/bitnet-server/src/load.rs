@@ -26,6 +26,9 @@ use crate::{
     service::{ModelCard, ModelNames, Parts, RequestRules, Service, unix_seconds},
 };
 
+/// Name of the model that is served when none is given, unless `--model-name` says otherwise.
+pub const BUILT_IN_MODEL_NAME: &str = "built-in";
+
 /// What loading depends on beside the file.
 #[derive(Clone, Debug)]
 pub struct LoadSettings {
@@ -175,7 +178,9 @@ pub fn start_service(
     let LoadedModel { name, description, model, pool, tokenizer, chat_template, eos, generation, .. } = loaded;
     let geometry = model.config().clone();
     let kernel = model.kernel_name();
-    let engine_config = engine_config(&model, config)?;
+    let limit_bytes = config.memory_limit_bytes.or_else(detected_memory_limit);
+    metrics.set_memory_limit(limit_bytes.unwrap_or(0));
+    let engine_config = engine_config(&model, config, limit_bytes)?;
     let max_model_len = engine_config.max_model_len;
     let prompter = ChatPrompter::new(Arc::clone(&tokenizer), chat_template.as_deref(), tokenizer.bos(), eos)?;
 
@@ -213,7 +218,7 @@ pub fn start_service(
     Ok((service, thread))
 }
 
-fn engine_config(model: &Model, config: &ServerConfig) -> Result<EngineConfig, ConfigError> {
+fn engine_config(model: &Model, config: &ServerConfig, limit_bytes: Option<u64>) -> Result<EngineConfig, ConfigError> {
     let geometry = model.config();
     let max_model_len = config.ctx_size.unwrap_or(geometry.max_context);
     if max_model_len > geometry.max_context {
@@ -224,7 +229,6 @@ fn engine_config(model: &Model, config: &ServerConfig) -> Result<EngineConfig, C
         });
     }
     let weights = model.weight_bytes();
-    let limit_bytes = config.memory_limit_bytes.or_else(detected_memory_limit);
     let plan = memory_plan(&MemoryRequest {
         limit_bytes,
         weights_bytes: (weights.resident + weights.mapped) as u64,

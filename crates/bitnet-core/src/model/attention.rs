@@ -200,20 +200,18 @@ impl Unit<'_> {
         &self.q[row * width + (self.head * self.group + query % self.group) * self.head_dim..][..self.head_dim]
     }
 
-    /// Calls `visit` with each visible block of the partition at `start`, and where in the partition it begins.
+    /// Each visible block of the partition at `start`, and where in the partition it begins.
     #[inline(always)]
-    fn for_each_block(&self, start: usize, mut visit: impl FnMut(BlockId, usize)) {
+    fn visible_blocks(&self, start: usize) -> impl Iterator<Item = (BlockId, usize)> + '_ {
         let end = self.end().min(start + PARTITION);
-        for position in (start..end).step_by(BLOCK_TOKENS) {
-            visit(self.blocks[position / BLOCK_TOKENS], position - start);
-        }
+        self.blocks[start / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS)].iter().copied().zip((0..).step_by(BLOCK_TOKENS))
     }
 
     /// Scores of the partition at `start`: `scores[query][position - start]`.
     #[inline(always)]
     fn score(&self, start: usize, scratch: &mut Scratch<'_>) {
         let scale = 1.0 / (self.head_dim as f32).sqrt();
-        self.for_each_block(start, |block, offset| {
+        for (block, offset) in self.visible_blocks(start) {
             let keys = &mut scratch.tile[..self.head_dim * BLOCK_TOKENS];
             self.kv.keys(block, self.layer, self.head).decode(keys);
             let keys = keys.as_chunks().0;
@@ -230,7 +228,7 @@ impl Unit<'_> {
                     &mut scratch.scores[query * PARTITION + offset..],
                 );
             }
-        });
+        }
     }
 
     /// Scores -> weights, with their maximum and sum.
@@ -256,14 +254,14 @@ impl Unit<'_> {
     fn weigh(&self, start: usize, scratch: &mut Scratch<'_>) {
         let padded = scratch.tile.len() / BLOCK_TOKENS;
         scratch.partial.fill(0.0);
-        self.for_each_block(start, |block, offset| {
+        for (block, offset) in self.visible_blocks(start) {
             self.kv.values(block, self.layer, self.head).decode(scratch.tile);
             for query in self.queries_from(start + offset) {
                 let num_visible = (self.num_visible(query, start) - offset).min(BLOCK_TOKENS);
                 let weights = &scratch.scores[query * PARTITION + offset..][..num_visible];
                 add_weighted(weights, scratch.tile, &mut scratch.partial[query * padded..][..padded]);
             }
-        });
+        }
     }
 
     /// Adds the partition at `start` to the running sums.
@@ -321,9 +319,9 @@ fn dot_keys<const N: usize>(queries: [&[f32]; N], keys: &[[f32; BLOCK_TOKENS]]) 
     let queries = queries.map(|query| &query[..keys.len()]);
     let mut sums = [[0.0f32; BLOCK_TOKENS]; N];
     for (d, key) in keys.iter().enumerate() {
-        for (sums, query) in sums.iter_mut().zip(queries) {
-            for (sum, key) in sums.iter_mut().zip(key) {
-                *sum = query[d].mul_add(*key, *sum);
+        for n in 0..N {
+            for t in 0..BLOCK_TOKENS {
+                sums[n][t] = queries[n][d].mul_add(key[t], sums[n][t]);
             }
         }
     }
@@ -332,8 +330,10 @@ fn dot_keys<const N: usize>(queries: [&[f32]; N], keys: &[[f32; BLOCK_TOKENS]]) 
 
 #[inline(always)]
 fn store_scores<const N: usize>(sums: [[f32; BLOCK_TOKENS]; N], scale: f32, scores: &mut [f32]) {
-    for (sums, scores) in sums.into_iter().zip(scores.chunks_mut(PARTITION)) {
-        scores[..BLOCK_TOKENS].copy_from_slice(&sums.map(|sum| sum * scale));
+    for (sums, scores) in sums.iter().zip(scores.chunks_mut(PARTITION)) {
+        for (score, sum) in scores[..BLOCK_TOKENS].iter_mut().zip(sums) {
+            *score = sum * scale;
+        }
     }
 }
 
@@ -356,8 +356,8 @@ fn add_weighted_columns<const N: usize>(weights: &[f32], values: &[f32], stride:
     let mut sums = *acc;
     for (weight, values) in weights.iter().zip(values.chunks(stride)) {
         let values = values.first_chunk::<N>().expect("a whole row of values");
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum = weight.mul_add(*value, *sum);
+        for d in 0..N {
+            sums[d] = weight.mul_add(values[d], sums[d]);
         }
     }
     *acc = sums;
@@ -366,14 +366,26 @@ fn add_weighted_columns<const N: usize>(weights: &[f32], values: &[f32], stride:
 /// The largest value, NaN left out.
 #[inline(always)]
 fn max_16(values: &[f32]) -> f32 {
-    let larger = |max: &mut f32, value: &f32| *max = if *value > *max { *value } else { *max };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (steps, tail) = values.as_chunks::<LANES>();
     for step in steps {
-        lanes.iter_mut().zip(step).for_each(|(max, value)| larger(max, value));
+        for lane in 0..LANES {
+            lanes[lane] = larger(lanes[lane], step[lane]);
+        }
     }
-    lanes.iter_mut().zip(tail).for_each(|(max, value)| larger(max, value));
-    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    for (lane, value) in lanes.iter_mut().zip(tail) {
+        *lane = larger(*lane, *value);
+    }
+    let mut max = f32::NEG_INFINITY;
+    for lane in lanes {
+        max = larger(max, lane);
+    }
+    max
+}
+
+#[inline(always)]
+fn larger(max: f32, value: f32) -> f32 {
+    if value > max { value } else { max }
 }
 
 /// The sum of whole blocks, by lanes and the tree.
@@ -381,7 +393,9 @@ fn max_16(values: &[f32]) -> f32 {
 fn sum_16(values: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
     for step in values.as_chunks::<LANES>().0 {
-        lanes.iter_mut().zip(step).for_each(|(sum, value)| *sum += value);
+        for lane in 0..LANES {
+            lanes[lane] += step[lane];
+        }
     }
     math::lane_tree(&lanes)
 }

@@ -45,14 +45,22 @@ impl FloatOp for Activate<'_> {
         let rows = self.gate.chunks_exact_mut(self.width).zip(self.up.chunks_exact(self.width));
         for (row, (gate, up)) in rows.enumerate() {
             match self.activation {
-                Activation::Relu2 => gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = relu2(*gate) * up),
-                Activation::Silu => gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = silu(*gate) * up),
+                Activation::Relu2 => multiply(relu2, gate, up),
+                Activation::Silu => multiply(silu, gate, up),
             }
             if let Some(norm) = &self.norm {
                 norm.apply_in_place(gate);
             }
             self.quantized.quantize_row(row, gate);
         }
+    }
+}
+
+/// `gate = activation(gate) * up`
+#[inline(always)]
+fn multiply(activation: impl Fn(f32) -> f32, gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = activation(*gate) * up;
     }
 }
 

@@ -90,9 +90,9 @@ impl FloatOp for Score<'_> {
     #[inline(always)]
     fn call(self) {
         match self.head.encoding {
-            DenseEncoding::F32 => self.score(f32::from_le_bytes),
-            DenseEncoding::F16 => self.score(|bytes| math::f16_to_f32(u16::from_le_bytes(bytes))),
-            DenseEncoding::Bf16 => self.score(|bytes| math::bf16_to_f32(u16::from_le_bytes(bytes))),
+            DenseEncoding::F32 => self.score(f32_from_le_bytes),
+            DenseEncoding::F16 => self.score(f16_from_le_bytes),
+            DenseEncoding::Bf16 => self.score(bf16_from_le_bytes),
             DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => self.score_decoded(),
         }
     }
@@ -110,7 +110,9 @@ impl Score<'_> {
             if single {
                 self.out.row_mut(0)[i] = dots([self.hidden], row, widen)[0];
             } else {
-                self.decoded.iter_mut().zip(row).for_each(|(out, bytes)| *out = widen(*bytes));
+                for (out, bytes) in self.decoded.iter_mut().zip(row) {
+                    *out = widen(*bytes);
+                }
                 self.score_row(i);
             }
         }
@@ -132,13 +134,13 @@ impl Score<'_> {
         let mut token = 0;
         for tile in tiles.chunks_exact(4 * cols) {
             let four = std::array::from_fn::<_, 4, _>(|n| &tile[n * cols..][..cols]);
-            for logit in dots(four, self.decoded, |value| value) {
+            for logit in dots(four, self.decoded, unchanged) {
                 self.out.row_mut(token)[i] = logit;
                 token += 1;
             }
         }
         for one in rest.chunks_exact(cols) {
-            self.out.row_mut(token)[i] = dots([one], self.decoded, |value| value)[0];
+            self.out.row_mut(token)[i] = dots([one], self.decoded, unchanged)[0];
             token += 1;
         }
     }
@@ -151,19 +153,45 @@ fn dots<W: Copy, const N: usize>(vectors: [&[f32]; N], row: &[W], widen: impl Fn
     let (steps, tail) = row.as_chunks::<LANES>();
     let vectors = vectors.map(|x| x[..row.len()].as_chunks::<LANES>());
     for (i, step) in steps.iter().enumerate() {
-        let weights = step.map(widen);
-        for (lanes, (x, _)) in lanes.iter_mut().zip(&vectors) {
-            for (lane, (weight, x)) in lanes.iter_mut().zip(weights.iter().zip(&x[i])) {
-                *lane = weight.mul_add(*x, *lane);
+        for lane in 0..LANES {
+            let weight = widen(step[lane]);
+            for n in 0..N {
+                lanes[n][lane] = weight.mul_add(vectors[n].0[i][lane], lanes[n][lane]);
             }
         }
     }
-    for (lanes, (_, x)) in lanes.iter_mut().zip(&vectors) {
-        for (lane, (weight, x)) in lanes.iter_mut().zip(tail.iter().zip(*x)) {
-            *lane = widen(*weight).mul_add(*x, *lane);
+    for (lane, &weight) in tail.iter().enumerate() {
+        for n in 0..N {
+            lanes[n][lane] = widen(weight).mul_add(vectors[n].1[lane], lanes[n][lane]);
         }
     }
-    lanes.map(|lanes| math::lane_tree(&lanes))
+    let mut sums = [0.0; N];
+    for n in 0..N {
+        sums[n] = math::lane_tree(&lanes[n]);
+    }
+    sums
+}
+
+// Functions, not closures: only they can be told to be inlined into the code compiled for the instruction set.
+
+#[inline(always)]
+fn f32_from_le_bytes(bytes: [u8; 4]) -> f32 {
+    f32::from_le_bytes(bytes)
+}
+
+#[inline(always)]
+fn f16_from_le_bytes(bytes: [u8; 2]) -> f32 {
+    math::f16_to_f32(u16::from_le_bytes(bytes))
+}
+
+#[inline(always)]
+fn bf16_from_le_bytes(bytes: [u8; 2]) -> f32 {
+    math::bf16_to_f32(u16::from_le_bytes(bytes))
+}
+
+#[inline(always)]
+fn unchanged(value: f32) -> f32 {
+    value
 }
 
 #[cfg(test)]
@@ -176,7 +204,7 @@ mod tests {
             let vector =
                 |seed: usize| (0..len).map(|i| ((i * 37 + seed * 11) % 19) as f32 / 7.0 - 1.3).collect::<Vec<_>>();
             let (row, vectors) = (vector(9), [vector(0), vector(1), vector(2), vector(3)]);
-            let together = dots(std::array::from_fn::<_, 4, _>(|n| &vectors[n][..]), &row, |value| value);
+            let together = dots(std::array::from_fn::<_, 4, _>(|n| &vectors[n][..]), &row, unchanged);
             for (vector, sum) in vectors.iter().zip(together) {
                 assert_eq!(sum.to_bits(), math::dot_16(&row, vector).to_bits());
             }

@@ -5,8 +5,10 @@ use serde_json::{Value, json};
 use tokenizers::{AddedToken, PostProcessorWrapper, PreTokenizerWrapper, models::bpe::Vocab};
 
 use super::{
-    TokenizerError, invalid,
-    parts::{BpeOptions, Parts, bpe, check_unique, split_merge},
+    TokenizerError,
+    bpe::{Bpe, BpeOptions},
+    invalid,
+    parts::{Parts, check_unique, split_merge},
     token_table::{Spelling, TokenEntry, TokenTable},
 };
 use crate::{checkpoint::GgufVocabulary, ids::TokenId};
@@ -74,8 +76,8 @@ fn byte_level(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Parts,
     let PreTokenizer { splitter, ignore_merges } = pre_tokenizer(vocabulary.pre.as_deref().unwrap_or("default"))?;
     // Control tokens are no text, so the model does not know them.
     let vocab = vocab(vocabulary, kinds, |kind| kind != TokenKind::Control);
-    let merges = vocabulary.merges.iter().map(|merge| split_merge(merge)).collect::<Result<_, _>>()?;
-    let model = bpe(vocab, merges, &BpeOptions { ignore_merges, ..BpeOptions::default() })?;
+    let merges = vocabulary.merges.iter().map(|merge| split_merge(merge)).collect::<Result<Vec<_>, _>>()?;
+    let model = Bpe::new(vocab, merges, &BpeOptions { ignore_merges, ..BpeOptions::default() })?;
     Ok(Parts {
         normalizer: None,
         pre_tokenizer: Some(splitter),
@@ -93,7 +95,7 @@ fn sentence_piece(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Pa
     vocab.extend(unknown.clone());
     let unknown = unknown.map(|(text, _)| text);
     let options = BpeOptions { byte_fallback: true, unknown, fuse_unknown: true, ..BpeOptions::default() };
-    let model = bpe(vocab, merges, &options)?;
+    let model = Bpe::new(vocab, merges, &options)?;
     let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE.to_string()});
     let prefix = json!({"type": "Prepend", "prepend": SPACE.to_string()});
     let steps = if vocabulary.add_space_prefix { vec![prefix, spaces] } else { vec![spaces] };
@@ -111,7 +113,10 @@ fn sentence_piece(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Pa
 
 /// SentencePiece merges the pair whose token scores highest. So each way to split a token in two tokens is a merge, ranked by
 /// the token's score; between equals the longer left half goes first, as in converted `tokenizer.json` files.
-fn merges_by_score(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Vec<(String, String)>, TokenizerError> {
+fn merges_by_score<'a>(
+    vocabulary: &'a GgufVocabulary,
+    kinds: &[TokenKind],
+) -> Result<Vec<(&'a str, &'a str)>, TokenizerError> {
     let GgufVocabulary { tokens, scores, .. } = vocabulary;
     if scores.len() != tokens.len() {
         return Err(TokenizerError::Invalid(format!("{} tokens, but {} scores", tokens.len(), scores.len())));
@@ -133,7 +138,7 @@ fn merges_by_score(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<V
         }
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
-    Ok(merges.into_iter().map(|(_, _, left, right)| (left.to_owned(), right.to_owned())).collect())
+    Ok(merges.into_iter().map(|(_, _, left, right)| (left, right)).collect())
 }
 
 fn vocab(vocabulary: &GgufVocabulary, kinds: &[TokenKind], keep: impl Fn(TokenKind) -> bool) -> Vocab {

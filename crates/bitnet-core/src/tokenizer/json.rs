@@ -6,8 +6,10 @@ use serde_json::Value;
 use tokenizers::{AddedToken, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, models::bpe::Vocab};
 
 use super::{
-    TokenizerError, invalid,
-    parts::{BpeOptions, Parts, bpe, split_merge},
+    TokenizerError,
+    bpe::{Bpe, BpeOptions},
+    invalid,
+    parts::{Parts, split_merge},
     token_table::{Spelling, TokenEntry, TokenTable, parse_byte_token},
 };
 use crate::ids::TokenId;
@@ -75,11 +77,12 @@ pub(super) fn parse(json: &[u8]) -> Result<Parts, TokenizerError> {
         unknown: model.unk_token,
         fuse_unknown: model.fuse_unk.unwrap_or(false),
     };
-    let merges = model.merges.into_iter().map(|merge| match merge {
-        Merge::Line(line) => split_merge(&line),
-        Merge::Pair(left, right) => Ok((left, right)),
+    let merges = model.merges.iter().map(|merge| match merge {
+        Merge::Line(line) => split_merge(line),
+        Merge::Pair(left, right) => Ok((left.as_str(), right.as_str())),
     });
-    let model = bpe(model.vocab, merges.collect::<Result<_, _>>()?, &options)?;
+    let merges = merges.collect::<Result<Vec<_>, _>>()?;
+    let model = Bpe::new(model.vocab, merges, &options)?;
     let added = added_tokens.into_iter().map(|entry| (TokenId(entry.id), entry.token)).collect();
     Ok(Parts { normalizer, pre_tokenizer, model, post_processor, added, table })
 }

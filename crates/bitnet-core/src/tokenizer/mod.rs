@@ -1,9 +1,10 @@
 //! Text <-> token ids, and incremental decoding that never emits half a character.
 //!
-//! The `tokenizers` crate does the splitting and merging; this room builds its parts from a `tokenizer.json` (`json.rs`)
-//! or from the vocabulary of a GGUF file (`gguf.rs`), checked so that no file can make the crate panic, and keeps the
-//! exact bytes of every token (`token_table.rs`). It knows tokens and text, not models, prompts or templates.
+//! The `tokenizers` crate finds special tokens, normalizes and splits; `bpe.rs` merges. The parts come from a
+//! `tokenizer.json` (`json.rs`) or from the vocabulary of a GGUF file (`gguf.rs`), and the exact bytes of every token are
+//! kept in `token_table.rs`. This room knows tokens and text, not models, prompts or templates.
 
+mod bpe;
 mod gguf;
 mod incremental;
 mod json;
@@ -13,11 +14,13 @@ mod token_table;
 pub use incremental::IncrementalDecoder;
 
 use tokenizers::{
-    AddedToken, AddedVocabulary, Encoding, Model as _, NormalizerWrapper, OffsetType, PostProcessor as _,
-    PostProcessorWrapper, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper, models::bpe::BPE,
+    AddedToken, AddedVocabulary, Encoding, NormalizerWrapper, OffsetType, PostProcessor as _, PostProcessorWrapper,
+    PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper, Token,
+    models::bpe::{BPE, Vocab},
 };
 
 use crate::{checkpoint::TokenizerSource, ids::TokenId};
+use bpe::Bpe;
 use parts::Parts;
 use token_table::TokenTable;
 
@@ -25,7 +28,7 @@ use token_table::TokenTable;
 pub struct Tokenizer {
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
-    model: BPE,
+    model: Bpe,
     post_processor: Option<PostProcessorWrapper>,
     /// Finds special and user-defined tokens in a text.
     added: AddedVocabulary,
@@ -132,7 +135,7 @@ impl Tokenizer {
 
     /// The id whose text is exactly `token`.
     pub fn token_id(&self, token: &str) -> Option<TokenId> {
-        self.added.token_to_id(token, &self.model).map(TokenId)
+        self.added.get_vocab().get(token).copied().or_else(|| self.model.id(token)).map(TokenId)
     }
 
     /// The texts that [`Self::encode`] reads as special tokens, in no particular order.
@@ -173,7 +176,10 @@ impl Tokenizer {
         if let Some(pre_tokenizer) = &self.pre_tokenizer {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(encode_error)?;
         }
-        self.model.tokenize_in_pretokenized(&mut pieces, None).map_err(encode_error)?;
+        // Only the ids are wanted: texts and offsets of tokens stay empty.
+        let token = |id| Token::new(id, String::new(), (0, 0));
+        let tokenized = pieces.tokenize(|piece| Ok(self.model.encode(piece.get()).into_iter().map(token).collect()));
+        tokenized.map_err(encode_error)?;
         let mut encoding: Encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(encode_error)?;
         if let Some(post_processor) = &self.post_processor {
             encoding = post_processor.process(encoding, None, add_special_tokens).map_err(encode_error)?;
@@ -195,8 +201,7 @@ impl std::fmt::Debug for Tokenizer {
 /// the ids of the file.
 fn added_vocabulary(parts: &Parts) -> Result<AddedVocabulary, TokenizerError> {
     let ids = parts.added.iter().map(|(id, token)| (token.content.clone(), id.0)).collect();
-    let numbering =
-        BPE::builder().vocab_and_merges::<tokenizers::models::bpe::Vocab>(ids, vec![]).build().map_err(invalid)?;
+    let numbering = BPE::builder().vocab_and_merges::<Vocab>(ids, vec![]).build().map_err(invalid)?;
     let tokens: Vec<AddedToken> = parts.added.iter().map(|(_, token)| token.clone()).collect();
     let mut added = AddedVocabulary::new();
     added.add_tokens(tokens, &numbering, parts.normalizer.as_ref()).map_err(invalid)?;

@@ -80,7 +80,9 @@ impl ApiError {
     pub(super) fn unauthorized(presented: bool) -> Self {
         let message = match presented {
             true => "Incorrect API key provided.",
-            false => "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.",
+            false => {
+                "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'."
+            }
         };
         let reason = Some(RejectReason::Unauthorized);
         Self { reason, ..Self::new(StatusCode::UNAUTHORIZED, INVALID_REQUEST, Some("invalid_api_key"), message) }

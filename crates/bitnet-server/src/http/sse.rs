@@ -44,7 +44,10 @@ pub(super) fn respond<A: Answer>(answer: A, request_id: RequestId) -> Response {
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
     ];
-    (headers, Body::from_stream(unharmed.filter(|frame| std::future::ready(!frame.as_ref().is_ok_and(Bytes::is_empty)))))
+    (
+        headers,
+        Body::from_stream(unharmed.filter(|frame| std::future::ready(!frame.as_ref().is_ok_and(Bytes::is_empty)))),
+    )
         .into_response()
 }
 

@@ -21,9 +21,9 @@ pub enum StopError {
 }
 
 /// Most stop strings a request may have.
-pub const MAX_STRINGS: usize = 4;
+const MAX_STRINGS: usize = 4;
 /// Most bytes of one.
-pub const MAX_BYTES: usize = 256;
+const MAX_BYTES: usize = 256;
 
 impl StopStrings {
     /// Checks `strings`.
@@ -93,7 +93,8 @@ impl StopMatcher {
 
     /// Start of the match that ends first.
     fn first_match(&self) -> Option<usize> {
-        let matches = self.strings.0.iter().filter_map(|stop| self.held.find(stop).map(|start| (start + stop.len(), start)));
+        let matches =
+            self.strings.0.iter().filter_map(|stop| self.held.find(stop).map(|start| (start + stop.len(), start)));
         matches.min().map(|(_, start)| start)
     }
 

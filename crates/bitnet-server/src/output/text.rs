@@ -33,12 +33,7 @@ pub struct Piece {
 impl TextDecoder {
     /// At the start of an output. `continues` is the token the text goes on from, if it does: a tokenizer that drops the
     /// space at the start of a text must not drop it in the middle.
-    pub fn new(
-        tokenizer: Arc<Tokenizer>,
-        stop: StopStrings,
-        min_tokens: usize,
-        continues: Option<TokenId>,
-    ) -> Self {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop: StopStrings, min_tokens: usize, continues: Option<TokenId>) -> Self {
         let mut decoder = IncrementalDecoder::new(true);
         if let Some(token) = continues {
             decoder.push(&tokenizer, token);

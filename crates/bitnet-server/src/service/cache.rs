@@ -13,7 +13,7 @@ use crate::{
 
 /// The events of each choice, up to the one that ended it.
 #[derive(Debug)]
-pub struct CachedAnswer(Vec<Vec<SequenceEvent>>);
+pub(super) struct CachedAnswer(Vec<Vec<SequenceEvent>>);
 
 impl CachedAnswer {
     /// The events, choice by choice.
@@ -110,7 +110,10 @@ pub(super) fn cache_key(
             .numbers("prompt", request.prompt.iter().map(|id| u64::from(id.0)))
             .numbers("floats", floats.map(|value| u64::from(value.to_bits())))
             .numbers("integers", integers)
-            .numbers("bias", sampling.logit_bias.iter().flat_map(|(id, bias)| [u64::from(id.0), u64::from(bias.to_bits())]))
+            .numbers(
+                "bias",
+                sampling.logit_bias.iter().flat_map(|(id, bias)| [u64::from(id.0), u64::from(bias.to_bits())]),
+            )
             .numbers("stop tokens", request.stop_tokens.iter().map(|id| u64::from(id.0)));
     }
     key.finish()

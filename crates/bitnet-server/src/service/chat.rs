@@ -4,11 +4,7 @@ use std::sync::Arc;
 
 use bitnet_core::Tokenizer;
 
-use super::{
-    Answer, Delta, Event, Generation, ServiceError, Settings,
-    answer::Identity,
-    logprobs,
-};
+use super::{Answer, Delta, Event, Generation, ServiceError, Settings, answer::Identity, logprobs};
 use crate::{
     engine::TokenEvent,
     openai::{self, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, FinishReason, ResponseMessage, Usage},
@@ -63,7 +59,8 @@ impl ChatAnswer {
     }
 
     fn news(&self, index: usize, delta: Delta) -> impl Iterator<Item = ChatChunk> {
-        let content = (!delta.text.is_empty() || !delta.tokens.is_empty()).then(|| {
+        let tokens_show = self.settings.logprobs.is_some() || self.settings.return_token_ids;
+        let content = (!delta.text.is_empty() || (tokens_show && !delta.tokens.is_empty())).then(|| {
             let delta_content = openai::Delta { role: None, content: Some(delta.text) };
             let choice = ChatChunkChoice {
                 delta: delta_content,

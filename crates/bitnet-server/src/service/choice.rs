@@ -66,7 +66,8 @@ impl Choice {
             engine::FinishReason::Length => FinishReason::Length,
         };
         let mut delta = self.end(&piece.text, reason);
-        if let (Some(end), false, Some(FinishReason::Stop | FinishReason::Length)) = (piece.end, piece.stopped, delta.finish)
+        if let (Some(end), false, Some(FinishReason::Stop | FinishReason::Length)) =
+            (piece.end, piece.stopped, delta.finish)
         {
             delta.tokens.extend(self.withheld.finish(end));
         }

@@ -63,9 +63,9 @@ impl TextAnswer {
             Event::PromptDone { choice, logprobs } => self.prompt(choice, logprobs),
             Event::Delta { choice: index, delta } => {
                 let Delta { text, tokens, finish, matches: _ } = delta;
-                let logprobs =
-                    self.settings.logprobs.map(|_| self.columns[index].generated(&self.tokenizer, &tokens));
-                let token_ids = self.settings.return_token_ids.then(|| tokens.iter().map(|event| event.token.0).collect());
+                let logprobs = self.settings.logprobs.map(|_| self.columns[index].generated(&self.tokenizer, &tokens));
+                let token_ids =
+                    self.settings.return_token_ids.then(|| tokens.iter().map(|event| event.token.0).collect());
                 CompletionChoice { text, index, logprobs, finish_reason: finish, token_ids, prompt_token_ids: None }
             }
         }
@@ -73,9 +73,9 @@ impl TextAnswer {
 
     fn prompt(&mut self, index: usize, logprobs: Option<PromptLogprobs>) -> CompletionChoice {
         let prompt = &self.prompts[index / self.settings.num_choices as usize];
-        let columns = logprobs.filter(|_| self.echo).map(|logprobs| {
-            self.columns[index].prompt(&self.tokenizer, &prompt.tokens, &logprobs, prompt.hidden_bos)
-        });
+        let columns = logprobs
+            .filter(|_| self.echo)
+            .map(|logprobs| self.columns[index].prompt(&self.tokenizer, &prompt.tokens, &logprobs, prompt.hidden_bos));
         CompletionChoice {
             text: if self.echo { prompt.text.clone() } else { String::new() },
             index,
@@ -97,15 +97,21 @@ impl Answer for TextAnswer {
         }
         let Some(event) = self.generation.next().await? else {
             self.closed = true;
-            let usage = self.settings.include_usage.then(|| self.object(Vec::new(), Some(Some(self.generation.usage()))));
+            let usage =
+                self.settings.include_usage.then(|| self.object(Vec::new(), Some(Some(self.generation.usage()))));
             return Ok(Some(usage.into_iter().collect()));
         };
         let mut choice = self.choice(event);
         let finish_reason = choice.finish_reason.take();
         let index = choice.index;
         let mut chunks = Vec::with_capacity(2);
-        let has_ids = [&choice.token_ids, &choice.prompt_token_ids].iter().any(|ids| ids.as_ref().is_some_and(|ids| !ids.is_empty()));
-        if !choice.text.is_empty() || has_ids || choice.logprobs.as_ref().is_some_and(|columns| !columns.tokens.is_empty()) {
+        let has_ids = [&choice.token_ids, &choice.prompt_token_ids]
+            .iter()
+            .any(|ids| ids.as_ref().is_some_and(|ids| !ids.is_empty()));
+        if !choice.text.is_empty()
+            || has_ids
+            || choice.logprobs.as_ref().is_some_and(|columns| !columns.tokens.is_empty())
+        {
             chunks.push(self.chunk(choice));
         }
         if finish_reason.is_some() {

@@ -88,8 +88,7 @@ impl Service {
     /// The summary, `status` given by the process's phase.
     pub fn health(&self, status: &'static str) -> Health {
         let engine = self.engine.status();
-        let queue =
-            QueueHealth { running: engine.running, waiting: engine.waiting, max_waiting: engine.max_waiting };
+        let queue = QueueHealth { running: engine.running, waiting: engine.waiting, max_waiting: engine.max_waiting };
         let last = self.probe.last.try_lock().ok().and_then(|last| last.as_ref().map(|(_, report)| report.clone()));
         Health {
             status: if self.is_responsive() { status } else { "failed" },

@@ -213,7 +213,8 @@ impl Service {
         caller: Caller,
     ) -> Result<Generation, ServiceError> {
         let num_choices = requests.len() * settings.num_choices as usize;
-        let info = |request: &GenerationRequest| PromptInfo { tokens: request.prompt.as_slice().into(), cached_tokens: 0 };
+        let info =
+            |request: &GenerationRequest| PromptInfo { tokens: request.prompt.as_slice().into(), cached_tokens: 0 };
         let prompts: Vec<_> = requests.iter().map(info).collect();
         let stage = |index: usize| {
             let prompt = &prompts[index / settings.num_choices as usize].tokens;
@@ -235,7 +236,8 @@ impl Service {
         let (sources, recorder) = match &cached {
             Some(answer) => (replay(answer), None),
             None => {
-                let recorder = |key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices);
+                let recorder =
+                    |key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices);
                 (self.submit(places, requests)?, key.map(recorder))
             }
         };

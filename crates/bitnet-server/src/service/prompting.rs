@@ -143,14 +143,20 @@ pub(super) fn template_message(index: usize, message: Message) -> Result<ChatMes
         }
         _ => None,
     };
-    Ok(ChatMessage { role: role.to_owned(), content, name: message.name, tool_calls, tool_call_id: message.tool_call_id })
+    Ok(ChatMessage {
+        role: role.to_owned(),
+        content,
+        name: message.name,
+        tool_calls,
+        tool_call_id: message.tool_call_id,
+    })
 }
 
 fn prompt_error(error: PromptError, param: &'static str) -> ServiceError {
     match error {
-        PromptError::Template(error @ (TemplateError::Refused(_) | TemplateError::Limit(_) | TemplateError::Render(_))) => {
-            ServiceError::invalid(param, error.to_string())
-        }
+        PromptError::Template(
+            error @ (TemplateError::Refused(_) | TemplateError::Limit(_) | TemplateError::Render(_)),
+        ) => ServiceError::invalid(param, error.to_string()),
         error => ServiceError::Internal(error.to_string()),
     }
 }

@@ -186,7 +186,8 @@ fn stop_strings(stop: Option<Stop>) -> Result<StopStrings, ServiceError> {
         Some(Stop::One(string)) => vec![string],
         Some(Stop::Many(strings)) => strings,
     };
-    StopStrings::new(strings).map_err(|error| ServiceError::invalid("stop", format!("Invalid value for 'stop': {error}.")))
+    StopStrings::new(strings)
+        .map_err(|error| ServiceError::invalid("stop", format!("Invalid value for 'stop': {error}.")))
 }
 
 fn alternatives(param: &'static str, top: u64) -> Result<usize, ServiceError> {
