@@ -2,18 +2,67 @@
 //! (`safetensors.rs`). After [`open`] nothing downstream knows formats, tensor names or row permutations.
 //!
 //! Every length, offset and id read from a file is checked before use; arithmetic on them is `checked_*`.
+#![deny(clippy::arithmetic_side_effects)]
 
+mod error;
+mod generation;
+mod geometry;
+pub mod gguf;
+mod gguf_model;
+mod hugging_face;
+mod hugging_face_text;
 mod map;
+mod names;
+pub mod safetensors;
+mod table;
 mod tensors;
 
+pub use error::LoadError;
+pub use gguf_model::vocabulary as gguf_vocabulary;
 pub use map::MappedBytes;
-pub use tensors::{
-    CodesEncoding, DenseEncoding, DenseMatrix, LayerTensors, TernaryReader, TernaryTensor, WeightTensors,
-};
+pub use tensors::{DenseEncoding, DenseMatrix, LayerTensors, TernaryReader, TernaryTensor, WeightTensors};
 
-use std::path::PathBuf;
+use std::{borrow::Cow, path::Path};
 
 use crate::ids::TokenId;
+
+/// Opens the model at `path`: a GGUF file, a Hugging Face directory, or a safetensors file inside one.
+///
+/// # Errors
+/// [`LoadError`]: not there, not readable, not a model, broken, or not supported.
+pub fn open(path: &Path, options: &LoadOptions) -> Result<Checkpoint, LoadError> {
+    let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
+    if metadata.is_dir() {
+        return hugging_face::open(path, options);
+    }
+    if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        return hugging_face::open(dir, options);
+    }
+    open_gguf(path, &map_file(path)?, options)
+}
+
+/// Reads a GGUF model that is in memory, compiled into the program for instance; `name` stands in for its path in errors.
+///
+/// # Errors
+/// [`LoadError`]: broken, or not supported.
+pub fn open_bytes(name: &str, gguf: Cow<'static, [u8]>, options: &LoadOptions) -> Result<Checkpoint, LoadError> {
+    open_gguf(Path::new(name), &MappedBytes::from_memory(gguf), options)
+}
+
+fn open_gguf(path: &Path, file: &MappedBytes, options: &LoadOptions) -> Result<Checkpoint, LoadError> {
+    let gguf = gguf::parse(file.bytes()).map_err(|source| LoadError::Gguf { path: path.into(), source })?;
+    gguf_model::read(&gguf, file, options)
+}
+
+/// Maps a regular file; pipes and devices are refused before anything waits on them.
+fn map_file(path: &Path) -> Result<MappedBytes, LoadError> {
+    let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
+    if !metadata.is_file() {
+        return Err(LoadError::NotAModel { path: path.into(), problem: "neither a file nor a directory" });
+    }
+    MappedBytes::open(path).map_err(|error| LoadError::io(path, error))
+}
 
 /// What a model file holds, typed and checked: the only thing the rest of the crate knows of files.
 #[derive(Debug)]
@@ -171,32 +220,4 @@ pub struct TensorSummary {
     pub shape: Vec<u64>,
     /// Bytes in the file.
     pub bytes: u64,
-}
-
-/// Why a model could not be loaded. Every message names the file or tensor and what usually causes it.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The path does not exist.
-    #[error("{path}: no such file or directory")]
-    NotFound {
-        /// The path as given.
-        path: PathBuf,
-    },
-    /// The file exists but cannot be read.
-    #[error("{path}: {source}")]
-    Io {
-        /// The path as given.
-        path: PathBuf,
-        /// The operating system's word.
-        source: std::io::Error,
-    },
-}
-
-/// Opens the model at `path`, a GGUF file or a Hugging Face directory.
-///
-/// # Errors
-/// [`LoadError`]: not there, not readable, not a model, broken, or not supported.
-pub fn open(path: &std::path::Path, options: &LoadOptions) -> Result<Checkpoint, LoadError> {
-    let _ = (path, options);
-    unimplemented!()
 }
