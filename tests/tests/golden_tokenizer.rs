@@ -1,10 +1,11 @@
-//! The 38 tokenizer vectors of each golden checkpoint, from `tokenizer.json` and from a GGUF vocabulary.
+//! The 38 tokenizer vectors of each golden checkpoint, from `tokenizer.json`, from a GGUF vocabulary made of it and
+//! from the GGUF files.
 
 mod tokenizer_support;
 
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{TokenId, Tokenizer, tokenizer::EncodeOptions, tokenizer::IncrementalDecoder};
+use bitnet_core::{LoadOptions, TokenId, Tokenizer, tokenizer::EncodeOptions, tokenizer::IncrementalDecoder};
 use proptest::prelude::*;
 use tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json};
 
@@ -32,12 +33,20 @@ fn tokenizers() -> [(&'static str, Tokenizer); 2] {
     both_sources(&golden().join("p1_packed/tokenizer.json"), BOS)
 }
 
+/// The tokenizer that the checkpoint loader finds in a GGUF file.
+fn from_file(model: &str, kind: &'static str) -> (&'static str, Tokenizer) {
+    let path = golden().join(format!("{model}.{kind}.gguf"));
+    let checkpoint = bitnet_core::checkpoint::open(&path, &LoadOptions::default()).expect("the file opens");
+    (kind, Tokenizer::from_source(&checkpoint.tokenizer.expect("it has a tokenizer")).expect("which is sound"))
+}
+
 #[test]
 fn vectors_agree_from_both_sources() {
     for model in MODELS {
         let golden_file: Golden = read_json(&golden().join(format!("{model}.golden.json")));
         assert_eq!(golden_file.tokenizer_vectors.len(), 38);
-        for (source, tokenizer) in both_sources(&golden().join(model).join("tokenizer.json"), BOS) {
+        let sources = both_sources(&golden().join(model).join("tokenizer.json"), BOS).into_iter();
+        for (source, tokenizer) in sources.chain(["f16", "i2_s", "tq1_0", "tq2_0"].map(|kind| from_file(model, kind))) {
             let name = format!("{model} from {source}");
             assert_eq!(tokenizer.bos(), Some(TokenId(BOS)), "{name}");
             assert_eq!(tokenizer.vocab_size(), 512, "{name}");

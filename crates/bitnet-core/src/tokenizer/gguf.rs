@@ -1,7 +1,7 @@
 //! Vocabulary of a GGUF file -> [`Parts`]: byte-level BPE (`gpt2`), or SentencePiece BPE (`llama`), whose merges follow from
 //! the scores. Control tokens become special, user-defined ones plain added tokens, as in the file's `tokenizer.json`.
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokenizers::{AddedToken, PostProcessorWrapper, PreTokenizerWrapper, models::bpe::Vocab};
 
 use super::{
@@ -193,10 +193,10 @@ struct PreTokenizer {
 /// `tokenizer.ggml.pre`: a name for the regular expression that cuts a text into pieces, and for a quirk.
 fn pre_tokenizer(name: &str) -> Result<PreTokenizer, TokenizerError> {
     let (pattern, ignore_merges) = match name {
-        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => (Some(LLAMA3_PATTERN), true),
-        "smaug-bpe" | "dbrx" => (Some(LLAMA3_PATTERN), false),
-        "qwen2" | "deepseek-r1-qwen" => (Some(QWEN2_PATTERN), false),
-        "default" | "gpt-2" | "gpt2" => (None, false),
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => (LLAMA3_PATTERN, true),
+        "smaug-bpe" | "dbrx" => (LLAMA3_PATTERN, false),
+        "qwen2" | "deepseek-r1-qwen" => (QWEN2_PATTERN, false),
+        "default" | "gpt-2" | "gpt2" => (GPT2_PATTERN, false),
         _ => {
             return Err(TokenizerError::Invalid(format!(
                 "tokenizer.ggml.pre is {name:?}, which this program does not know; known are llama-bpe, falcon3, \
@@ -204,17 +204,9 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizer, TokenizerError> {
             )));
         }
     };
-    let bytes = |use_regex: bool| -> Value {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-    };
-    let splitter = match pattern {
-        Some(pattern) => {
-            let split =
-                json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-            json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
-        }
-        None => bytes(true),
-    };
+    let split = json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let splitter = json!({"type": "Sequence", "pretokenizers": [split, bytes]});
     Ok(PreTokenizer { splitter: serde_json::from_value(splitter).map_err(invalid)?, ignore_merges })
 }
 
@@ -227,6 +219,8 @@ const LLAMA3_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
+
+const GPT2_PATTERN: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 const QWEN2_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",

@@ -5,6 +5,7 @@
 //! kept in `token_table.rs`. This room knows tokens and text, not models, prompts or templates.
 
 mod bpe;
+mod byte_level;
 mod gguf;
 mod incremental;
 mod json;
@@ -21,6 +22,7 @@ use tokenizers::{
 
 use crate::{checkpoint::TokenizerSource, ids::TokenId};
 use bpe::Bpe;
+use byte_level::ByteLevel;
 use parts::Parts;
 use token_table::TokenTable;
 
@@ -29,7 +31,10 @@ pub struct Tokenizer {
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
     model: Bpe,
-    post_processor: Option<PostProcessorWrapper>,
+    /// The short way, for tokenizers of the common kind.
+    byte_level: Option<ByteLevel>,
+    /// What `add_special_tokens` puts before and after the ids of a text.
+    around: [Vec<TokenId>; 2],
     /// Finds special and user-defined tokens in a text.
     added: AddedVocabulary,
     /// The same, blind to special tokens.
@@ -86,9 +91,14 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Encode`].
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<TokenId>, TokenizerError> {
-        let added = if options.parse_special { &self.added } else { &self.added_plain };
-        let pieces = added.extract_and_normalize(self.normalizer.as_ref(), text);
-        self.encode_pieces(pieces, options.add_special_tokens)
+        let ids = match &self.byte_level {
+            Some(byte_level) => byte_level.encode(&self.model, text, options.parse_special, &[]),
+            None => {
+                let added = if options.parse_special { &self.added } else { &self.added_plain };
+                self.encode_pieces(added.extract_and_normalize(self.normalizer.as_ref(), text))?
+            }
+        };
+        Ok(self.finish(ids, options.add_special_tokens))
     }
 
     /// Text -> ids, special tokens read as such, where characters of the text stand in for others: each `(stand_in,
@@ -104,15 +114,19 @@ impl Tokenizer {
         stand_ins: &[(char, char)],
         add_special_tokens: bool,
     ) -> Result<Vec<TokenId>, TokenizerError> {
-        let original =
-            |c: char| stand_ins.iter().find(|(stand_in, _)| *stand_in == c).map_or(c, |(_, original)| *original);
-        let mut pieces = self.added.extract_and_normalize(self.normalizer.as_ref(), text);
-        let restored = pieces.normalize(|piece| {
-            piece.map(original);
-            Ok(())
-        });
-        restored.map_err(encode_error)?;
-        self.encode_pieces(pieces, add_special_tokens)
+        let ids = match &self.byte_level {
+            Some(byte_level) => byte_level.encode(&self.model, text, true, stand_ins),
+            None => {
+                let mut pieces = self.added.extract_and_normalize(self.normalizer.as_ref(), text);
+                let restored = pieces.normalize(|piece| {
+                    piece.map(|c| original_of(c, stand_ins));
+                    Ok(())
+                });
+                restored.map_err(encode_error)?;
+                self.encode_pieces(pieces)?
+            }
+        };
+        Ok(self.finish(ids, add_special_tokens))
     }
 
     /// Ids -> text; bytes that are no UTF-8 become U+FFFD. Unknown ids decode to nothing.
@@ -152,27 +166,15 @@ impl Tokenizer {
         let added = added_vocabulary(&parts)?;
         let mut added_plain = added.clone();
         added_plain.set_encode_special_tokens(true);
-        let mut tokenizer = Self {
-            normalizer: parts.normalizer,
-            pre_tokenizer: parts.pre_tokenizer,
-            model: parts.model,
-            post_processor: parts.post_processor,
-            added,
-            added_plain,
-            table: parts.table,
-            bos: None,
-        };
+        let byte_level = ByteLevel::of(&parts)?;
+        let around = around(parts.post_processor.as_ref())?;
         // What an empty prompt becomes is what every prompt starts with.
-        let options = EncodeOptions { add_special_tokens: true, parse_special: false };
-        tokenizer.bos = tokenizer.encode("", options)?.first().copied();
-        Ok(tokenizer)
+        let bos = around.iter().flatten().next().copied();
+        let Parts { normalizer, pre_tokenizer, model, table, .. } = parts;
+        Ok(Self { normalizer, pre_tokenizer, model, byte_level, around, added, added_plain, table, bos })
     }
 
-    fn encode_pieces(
-        &self,
-        mut pieces: PreTokenizedString,
-        add_special_tokens: bool,
-    ) -> Result<Vec<TokenId>, TokenizerError> {
+    fn encode_pieces(&self, mut pieces: PreTokenizedString) -> Result<Vec<TokenId>, TokenizerError> {
         if let Some(pre_tokenizer) = &self.pre_tokenizer {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(encode_error)?;
         }
@@ -180,11 +182,17 @@ impl Tokenizer {
         let token = |id| Token::new(id, String::new(), (0, 0));
         let tokenized = pieces.tokenize(|piece| Ok(self.model.encode(piece.get()).into_iter().map(token).collect()));
         tokenized.map_err(encode_error)?;
-        let mut encoding: Encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(encode_error)?;
-        if let Some(post_processor) = &self.post_processor {
-            encoding = post_processor.process(encoding, None, add_special_tokens).map_err(encode_error)?;
-        }
+        let encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(encode_error)?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
+    }
+
+    fn finish(&self, ids: Vec<TokenId>, add_special_tokens: bool) -> Vec<TokenId> {
+        let [before, after] = &self.around;
+        if add_special_tokens && !(before.is_empty() && after.is_empty()) {
+            [before.as_slice(), &ids, after].concat()
+        } else {
+            ids
+        }
     }
 }
 
@@ -206,6 +214,21 @@ fn added_vocabulary(parts: &Parts) -> Result<AddedVocabulary, TokenizerError> {
     let mut added = AddedVocabulary::new();
     added.add_tokens(tokens, &numbering, parts.normalizer.as_ref()).map_err(invalid)?;
     Ok(added)
+}
+
+/// What the post-processor puts before and after a text, found out with a text of one token that no vocabulary has.
+fn around(post_processor: Option<&PostProcessorWrapper>) -> Result<[Vec<TokenId>; 2], TokenizerError> {
+    let Some(post_processor) = post_processor else { return Ok([vec![], vec![]]) };
+    let probe = Encoding::from_tokens(vec![Token::new(u32::MAX, String::new(), (0, 0))], 0);
+    let processed = post_processor.process(probe, None, true).map_err(invalid)?;
+    let half = |ids: &[u32]| ids.iter().copied().map(TokenId).collect();
+    let mut halves = processed.get_ids().split(|&id| id == u32::MAX).map(half);
+    Ok([halves.next().unwrap_or_default(), halves.next().unwrap_or_default()])
+}
+
+/// The character that `c` stands in for, or `c` itself.
+fn original_of(c: char, stand_ins: &[(char, char)]) -> char {
+    stand_ins.iter().find(|(stand_in, _)| *stand_in == c).map_or(c, |(_, original)| *original)
 }
 
 fn invalid(error: impl std::fmt::Display) -> TokenizerError {

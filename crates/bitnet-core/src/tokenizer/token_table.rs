@@ -113,7 +113,7 @@ fn spell_out(text: &str, spelling: Spelling, alphabet: &HashMap<char, u8>, out: 
 }
 
 /// GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes, in order, for U+0100 and on.
-fn byte_alphabet() -> HashMap<char, u8> {
+pub(super) fn byte_alphabet() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut others = (0x100..0x200u32).filter_map(char::from_u32);
     let spell = |byte: u8| if printable(byte) { Some(char::from(byte)) } else { others.next() };
