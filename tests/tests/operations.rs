@@ -58,7 +58,7 @@ async fn counters_are_what_the_client_saw() {
     assert_eq!(server.metric("bitnet_prompt_tokens_total").await, prompt);
     assert_eq!(server.metric("bitnet_generation_tokens_total").await, generated);
     assert_eq!(
-        server.metric("bitnet_http_requests_total{route=\"/v1/completions\",method=\"POST\",code=\"200\"}").await,
+        server.metric("bitnet_http_requests_total{code=\"200\",method=\"POST\",route=\"/v1/completions\"}").await,
         10.0
     );
 }
@@ -164,7 +164,7 @@ async fn the_content_filter_holds_on_prompt_and_stream() {
     let sent = answer["choices"][0]["text"].as_str().expect("text");
     assert!(text.starts_with(sent) && !sent.contains(&pattern), "{sent:?}");
     assert!(
-        server.metric("bitnet_content_filter_matches_total{direction=\"output\",rule=\"out\",action=\"block\"}").await
+        server.metric("bitnet_content_filter_matches_total{action=\"block\",direction=\"output\",rule=\"out\"}").await
             >= 1.0
     );
 }

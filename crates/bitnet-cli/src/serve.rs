@@ -9,7 +9,8 @@ use bitnet_core::{LoadOptions, checkpoint};
 use bitnet_server::{
     App, ServeError, Serving,
     config::{LogFormat, RawConfig, ServerConfig},
-    load::{LoadFailure, LoadSettings, LoadedModel, load_checkpoint, load_model},
+    filter::ContentFilter,
+    load::{BUILT_IN_MODEL_NAME, LoadFailure, LoadSettings, LoadedModel, load_checkpoint, load_model},
 };
 use tracing_subscriber::EnvFilter;
 
@@ -17,8 +18,6 @@ use crate::{exit::Failure, progress::weights_bar};
 
 /// The model that is served when none is given: random weights, see `builtin/make_builtin.py`.
 const BUILT_IN: &[u8] = include_bytes!("../builtin/tiny-random.gguf");
-/// Its name in the API.
-const BUILT_IN_NAME: &str = "tiny-random";
 
 /// Serves a model over HTTP.
 #[derive(Debug, clap::Args)]
@@ -36,6 +35,11 @@ pub(crate) struct ServeArgs {
 /// [`Failure`] with the exit code of the contract.
 pub(crate) fn serve(args: ServeArgs) -> Result<(), Failure> {
     let config = ServerConfig::resolve(args.settings).map_err(Failure::configuration)?;
+    if args.check_config {
+        config.content_filter.as_ref().map(ContentFilter::new).transpose().map_err(ServeError::from)?;
+        println!("the configuration is valid");
+        return Ok(());
+    }
     start_log(config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -43,14 +47,8 @@ pub(crate) fn serve(args: ServeArgs) -> Result<(), Failure> {
         .map_err(|error| Failure::configuration(format!("cannot start the runtime: {error}")))?;
     let builtin = config.model.is_none();
     let loader = loader(&config);
-    let check_only = args.check_config;
     runtime.block_on(async {
-        let app = App::build(config).await?;
-        if check_only {
-            println!("the configuration is valid");
-            return Ok(());
-        }
-        app.run(loader, |serving| print_banner(serving, builtin)).await
+        App::build(config).await?.run(loader, |serving| print_banner(serving, builtin)).await
     })?;
     Ok(())
 }
@@ -74,8 +72,8 @@ fn loader(config: &ServerConfig) -> impl FnOnce() -> Result<LoadedModel, LoadFai
 
 fn load_builtin(settings: &LoadSettings) -> Result<LoadedModel, LoadFailure> {
     let options = LoadOptions { i2s_layout: checkpoint::I2sLayout::A };
-    let checkpoint = checkpoint::open_bytes(BUILT_IN_NAME, Cow::Borrowed(BUILT_IN), &options)?;
-    let mut loaded = load_checkpoint(checkpoint, BUILT_IN_NAME.to_owned(), settings, &|_, _| {})?;
+    let checkpoint = checkpoint::open_bytes(BUILT_IN_MODEL_NAME, Cow::Borrowed(BUILT_IN), &options)?;
+    let mut loaded = load_checkpoint(checkpoint, BUILT_IN_MODEL_NAME.to_owned(), settings, &|_, _| {})?;
     loaded.description = Some("built-in model with random weights; its text means nothing".to_owned());
     Ok(loaded)
 }

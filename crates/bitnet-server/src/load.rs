@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Name of the model that is served when none is given, unless `--model-name` says otherwise.
-pub const BUILT_IN_MODEL_NAME: &str = "built-in";
+pub const BUILT_IN_MODEL_NAME: &str = "tiny-random";
 
 /// What loading depends on beside the file.
 #[derive(Clone, Debug)]
@@ -188,7 +188,7 @@ pub fn start_service(
     metrics.set_build_info(kernel);
     metrics.set_model_load_seconds(loaded.load_time.as_secs_f64());
     let (engine, thread) = Engine::start(model, pool, &engine_config, Arc::clone(metrics))?;
-    let identity = [env!("CARGO_PKG_VERSION"), &name, &geometry.architecture, &loaded.file_bytes.to_string(), kernel];
+    let identity = [env!("CARGO_PKG_VERSION"), &name, &geometry.architecture, &loaded.file_bytes.to_string()];
     let service = Service::new(Parts {
         card: ModelCard {
             names: ModelNames::new(&config.model_names, &name),
@@ -270,7 +270,7 @@ fn model_info(geometry: &ModelConfig, summary: &FileSummary) -> ModelInfo {
     }
 }
 
-/// A short name for weights, kernel and version together.
+/// A short name for weights and version together; the kernel is no part of it, because it changes no answer.
 fn fingerprint(identity: &[&str]) -> String {
     let digest = Sha256::digest(identity.join("\n").as_bytes());
     let hex: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();

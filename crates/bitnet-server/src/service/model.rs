@@ -59,7 +59,7 @@ pub struct ModelCard {
     pub vocab_size: usize,
     /// The kernel in use.
     pub kernel: String,
-    /// Which weights, kernel and version answer.
+    /// Which weights and version answer.
     pub fingerprint: String,
 }
 
