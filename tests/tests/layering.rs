@@ -42,9 +42,9 @@ fn imports_of_bitnet_server_point_down() {
     for module in L1 {
         allowed.insert(module, L0.to_vec());
     }
-    allowed.insert("load", [L0, &["prompt", "engine"]].concat());
-    allowed.insert("service", [L0, L1, &["load"]].concat());
-    allowed.insert("http", [L0, L1, &["load", "service", "shutdown"]].concat());
+    allowed.insert("service", [L0, L1].concat());
+    allowed.insert("load", [L0, L1, &["service"]].concat());
+    allowed.insert("http", [L0, L1, &["service"]].concat());
     allowed.insert("shutdown", vec!["engine", "service"]);
     check("crates/bitnet-server/src", &allowed, &[]);
 }
