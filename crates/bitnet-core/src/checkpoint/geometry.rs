@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(factors.len(), 64);
         assert_eq!((factors[0], factors[63]), (1.0, 8.0));
         assert!(factors.is_sorted());
-        // Published `rope_freqs.weight` of Llama 3.1, pair 30 and 35.
+        // Wavelengths of 8192 / 4 and 8192 / 1 positions lie between pairs 28 and 29, and 34 and 35.
         assert!(factors[28] == 1.0 && factors[29] > 1.0 && factors[34] < 8.0 && factors[35] == 8.0, "{factors:?}");
         assert_eq!(RopeScaling::Linear { factor: 1.0 }.freq_factors(8, 1e4), None);
         assert_eq!(RopeScaling::Linear { factor: 4.0 }.freq_factors(4, 1e4), Some(vec![4.0, 4.0]));

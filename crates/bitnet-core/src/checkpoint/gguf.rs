@@ -4,9 +4,14 @@
 //! is compared with the bytes that are left before it is used, every sum and product is checked, and nothing is
 //! allocated in proportion to a number that the file merely states. Tensor data is never touched.
 
+mod error;
+mod kinds;
+
 use std::{collections::BTreeMap, ops::Range};
 
-use crate::quant::formats::i2_s;
+pub use error::GgufError;
+pub use kinds::TensorKind;
+use kinds::{KINDS, Size};
 
 /// Most tensors a file may list; the deepest model accepted needs about 18,000.
 pub const MAX_TENSORS: u64 = 32_768;
@@ -89,161 +94,6 @@ pub struct TensorInfo<'a> {
     pub kind: &'static TensorKind,
     /// Where the data lies in the file.
     pub range: Range<usize>,
-}
-
-/// A tensor type: a row of the table of ggml types that this crate can at least name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorKind {
-    /// Number in the file.
-    pub id: u32,
-    /// The name people know it by.
-    pub name: &'static str,
-    size: Size,
-}
-
-/// How many bytes a tensor has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Size {
-    /// Blocks of so many values in so many bytes, along the contiguous dimension.
-    Blocks { values: u64, bytes: u64 },
-    /// Two bits a value and a tail of 32 bytes.
-    I2S,
-    /// Not known from the shape: as far as the next tensor.
-    ToNext,
-}
-
-/// Why bytes are no GGUF file that can be used.
-#[derive(Debug, thiserror::Error)]
-pub enum GgufError {
-    /// The first four bytes are not `GGUF`: another kind of file, or a download page saved under this name.
-    #[error("not a GGUF file (it does not start with the letters GGUF)")]
-    NotGguf,
-    /// Version 1, a future one, or a big-endian file.
-    #[error("GGUF version {version} is not supported, only 2 and 3 (a huge number means a big-endian file)")]
-    Version {
-        /// As read.
-        version: u32,
-    },
-    /// The bytes end before the thing does: usually a download that was cut short, else a corrupt length.
-    #[error("the file ends inside {what} at byte {offset}: cut short, or a corrupt length")]
-    Truncated {
-        /// What was being read.
-        what: &'static str,
-        /// Where it began.
-        offset: usize,
-    },
-    /// A count beyond what any model needs.
-    #[error("{found} {what}, more than the {limit} that are accepted")]
-    TooMany {
-        /// What is counted.
-        what: &'static str,
-        /// As read.
-        found: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// A key, name or string is not UTF-8.
-    #[error("{what} at byte {offset} is not UTF-8")]
-    Utf8 {
-        /// What was being read.
-        what: &'static str,
-        /// Where it began.
-        offset: usize,
-    },
-    /// The same key twice: which one counts would depend on the reader.
-    #[error("metadata key `{key}` occurs twice")]
-    DuplicateKey {
-        /// The key.
-        key: String,
-    },
-    /// The same tensor twice.
-    #[error("tensor `{tensor}` occurs twice")]
-    DuplicateTensor {
-        /// The name.
-        tensor: String,
-    },
-    /// A value type that does not exist, or an array of arrays.
-    #[error("metadata key `{key}` has value type {id}{inside}, which is not supported")]
-    ValueType {
-        /// The key.
-        key: String,
-        /// As read.
-        id: u32,
-        /// ` inside an array` or nothing.
-        inside: &'static str,
-    },
-    /// A boolean that is neither 0 nor 1.
-    #[error("metadata key `{key}` is a boolean of value {found}")]
-    Bool {
-        /// The key.
-        key: String,
-        /// As read.
-        found: u8,
-    },
-    /// `general.alignment` is no sane power of two.
-    #[error("general.alignment is {found}, not a power of two from 8 to 65536")]
-    Alignment {
-        /// As read; `None` when it is no unsigned integer.
-        found: String,
-    },
-    /// More dimensions than ggml has.
-    #[error("tensor `{tensor}` has {found} dimensions, more than 4")]
-    Dimensions {
-        /// The name.
-        tensor: String,
-        /// As read.
-        found: u32,
-    },
-    /// A dimension of zero, or a product beyond 64 bits, or rows that are not whole blocks of the type.
-    #[error("tensor `{tensor}` of type {kind} cannot have the shape {dimensions:?}")]
-    Shape {
-        /// The name.
-        tensor: String,
-        /// Its type.
-        kind: &'static str,
-        /// As read, contiguous dimension first.
-        dimensions: Vec<u64>,
-    },
-    /// A tensor type that nobody uses.
-    #[error("tensor `{tensor}` has the unknown type {id}")]
-    TensorType {
-        /// The name.
-        tensor: String,
-        /// As read.
-        id: u32,
-    },
-    /// An offset that is no multiple of the alignment.
-    #[error("tensor `{tensor}` starts at offset {offset}, not a multiple of the alignment {alignment}")]
-    Misaligned {
-        /// The name.
-        tensor: String,
-        /// As read, from the start of the data.
-        offset: u64,
-        /// In force.
-        alignment: u64,
-    },
-    /// The data does not lie inside the file: usually a download that was cut short.
-    #[error(
-        "tensor `{tensor}` needs {bytes} bytes at offset {offset}, but the data is {available} bytes long: the file is cut short, or the table is corrupt"
-    )]
-    OutOfFile {
-        /// The name.
-        tensor: String,
-        /// As read, from the start of the data.
-        offset: u64,
-        /// By shape and type.
-        bytes: u64,
-        /// Bytes of data in the file.
-        available: u64,
-    },
-    /// Two tensors share bytes.
-    #[error("tensors `{first}` and `{second}` overlap")]
-    Overlap {
-        /// The one that starts first.
-        first: String,
-        /// The one that starts inside it.
-        second: String,
-    },
 }
 
 /// Reads header, metadata and tensor table, and checks that each tensor's data lies inside `bytes`, apart from the others.
@@ -526,21 +376,6 @@ impl Scalar {
     }
 }
 
-impl TensorKind {
-    /// Bytes of a tensor of this type and shape; `None` when it is not known or the shape is impossible.
-    fn bytes(&self, dimensions: &[u64]) -> Option<u64> {
-        let values = dimensions.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
-        match self.size {
-            Size::Blocks { values: per_block, bytes } => {
-                let whole = dimensions.first()?.is_multiple_of(per_block);
-                whole.then(|| values.checked_div(per_block))??.checked_mul(bytes)
-            }
-            Size::I2S => values.is_multiple_of(4).then_some(values / 4)?.checked_add(i2_s::TAIL_BYTES as u64),
-            Size::ToNext => None,
-        }
-    }
-}
-
 /// Reads forward through bytes, refusing to go beyond them.
 struct Cursor<'a> {
     bytes: &'a [u8],
@@ -589,50 +424,3 @@ impl<'a> Cursor<'a> {
         Ok(name)
     }
 }
-
-const fn blocks(id: u32, name: &'static str, values: u64, bytes: u64) -> TensorKind {
-    TensorKind { id, name, size: Size::Blocks { values, bytes } }
-}
-
-/// Every type worth naming. Those that cannot be used are here so that the message can say what the file is.
-const KINDS: &[TensorKind] = &[
-    blocks(0, "F32", 1, 4),
-    blocks(1, "F16", 1, 2),
-    blocks(2, "Q4_0", 32, 18),
-    blocks(3, "Q4_1", 32, 20),
-    blocks(6, "Q5_0", 32, 22),
-    blocks(7, "Q5_1", 32, 24),
-    blocks(8, "Q8_0", 32, 34),
-    blocks(9, "Q8_1", 32, 40),
-    blocks(10, "Q2_K", 256, 84),
-    blocks(11, "Q3_K", 256, 110),
-    blocks(12, "Q4_K", 256, 144),
-    blocks(13, "Q5_K", 256, 176),
-    blocks(14, "Q6_K", 256, 210),
-    blocks(15, "Q8_K", 256, 292),
-    blocks(16, "IQ2_XXS", 256, 66),
-    blocks(17, "IQ2_XS", 256, 74),
-    blocks(18, "IQ3_XXS", 256, 98),
-    blocks(19, "IQ1_S", 256, 50),
-    blocks(20, "IQ4_NL", 32, 18),
-    blocks(21, "IQ3_S", 256, 110),
-    blocks(22, "IQ2_S", 256, 82),
-    blocks(23, "IQ4_XS", 256, 136),
-    blocks(24, "I8", 1, 1),
-    blocks(25, "I16", 1, 2),
-    blocks(26, "I32", 1, 4),
-    blocks(27, "I64", 1, 8),
-    blocks(28, "F64", 1, 8),
-    blocks(29, "IQ1_M", 256, 56),
-    blocks(30, "BF16", 1, 2),
-    blocks(34, "TQ1_0", 256, 54),
-    blocks(35, "TQ2_0", 256, 66),
-    TensorKind { id: 36, name: "I2_S", size: Size::I2S },
-    TensorKind { id: 38, name: "TL1", size: Size::ToNext },
-    blocks(39, "MXFP4", 32, 17),
-    TensorKind { id: 39, name: "TL2", size: Size::ToNext },
-    TensorKind { id: 133, name: "Q6_0", size: Size::ToNext },
-    TensorKind { id: 134, name: "IQ1_BN", size: Size::ToNext },
-    TensorKind { id: 135, name: "IQ2_BN", size: Size::ToNext },
-    TensorKind { id: 335, name: "IQ2_BN_R4", size: Size::ToNext },
-];

@@ -94,7 +94,7 @@ enum Architecture {
 
 impl Architecture {
     fn of(json: &ConfigJson) -> Result<Self, LoadError> {
-        let class = json.0.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+        let class = json.class();
         match (class, json.string("model_type")?) {
             (Some("BitNetForCausalLM"), _) | (None, Some("bitnet")) => Ok(Self::BitNet),
             (Some("BitnetForCausalLM"), _) => Ok(Self::OneBitLlm),
@@ -175,11 +175,10 @@ fn model_config(json: &ConfigJson, architecture: Architecture) -> Result<ModelCo
             return Err(LoadError::unsupported("partial_rotary_factor", "heads are rotated whole"));
         }
     }
-    let default_name = json.string("architectures").ok().flatten().or(json.string("model_type")?);
-    let class = json.0.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    let class = json.class();
     let mut config = ModelConfig {
-        architecture: class.or(default_name).unwrap_or_default().into(),
-        name: json.string("_name_or_path")?.filter(|name| !name.is_empty()).map(str::to_owned),
+        architecture: class.or(json.string("model_type")?).unwrap_or_default().into(),
+        name: None,
         hidden_size,
         intermediate_size: json.required("intermediate_size")?,
         num_layers: json.required("num_hidden_layers")?,
@@ -299,6 +298,11 @@ impl<'de> Deserialize<'de> for Shards {
 struct ConfigJson(Value);
 
 impl ConfigJson {
+    /// The class that computes the model, the first of `architectures`.
+    fn class(&self) -> Option<&str> {
+        self.value("architectures")?.get(0)?.as_str()
+    }
+
     fn value(&self, key: &str) -> Option<&Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }

@@ -1,6 +1,11 @@
 //! Broken GGUF files: one row a defect, made from a valid tiny file.
 
-use bitnet_core::checkpoint::{self, LoadError, LoadOptions};
+use std::path::Path;
+
+use bitnet_core::{
+    TokenId,
+    checkpoint::{self, Activation, LoadError, LoadOptions},
+};
 use proptest::prelude::*;
 
 use crate::{assert_refused, load, writer::*};
@@ -176,6 +181,42 @@ fn the_file_they_are_made_from_is_sound() {
     let checkpoint = open(GgufFile::valid().bytes()).unwrap();
     assert_eq!(checkpoint.config.vocab_size, 8);
     load(|| Ok(checkpoint)).unwrap();
+}
+
+#[test]
+fn the_seed_of_the_fuzzer_is_sound() {
+    let seed = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/gguf/tiny.gguf");
+    load(|| checkpoint::open(&seed, &LoadOptions::default())).unwrap();
+}
+
+#[test]
+fn what_the_file_states_is_honoured() {
+    let mut file = GgufFile::valid();
+    file.set("bitnet-b1.58.rope.scaling.type", string("linear"));
+    file.set("bitnet-b1.58.rope.scaling.factor", f32_value(4.0));
+    file.set("general.sampling.temp", f32_value(0.5));
+    file.set("general.sampling.top_k", i32_value(20));
+    file.set("tokenizer.ggml.eot_token_id", u32_value(5));
+    file.set("tokenizer.ggml.bos_token_id", u32_value(8));
+    file.push("blk.0.attn_q.scale", &[], 0, 0.25f32.to_le_bytes().to_vec());
+    file.tensor("output_norm.weight").data[..4].copy_from_slice(&1e-32f32.to_le_bytes());
+    let checkpoint = open(file.bytes()).unwrap();
+    assert_eq!(checkpoint.config.rope_freq_factors, Some(vec![4.0; 32]));
+    assert_eq!((checkpoint.generation.temperature, checkpoint.generation.top_k), (Some(0.5), Some(20)));
+    assert_eq!(checkpoint.generation.stop_tokens, [5, 7].map(TokenId));
+    assert!(checkpoint.notes.iter().any(|note| note.contains("id 8 is outside")), "{:?}", checkpoint.notes);
+    assert_eq!(checkpoint.weights.layers[0].q.reader().unwrap().scale(), 0.25);
+    assert_eq!(checkpoint.weights.output_norm[..2], [0.0, 1.0]);
+
+    // The same tensors under the name whose activation the file may state.
+    let mut file = GgufFile::valid();
+    for (key, _) in &mut file.keys {
+        *key = String::from_utf8(key.clone()).unwrap().replace("bitnet-b1.58.", "bitnet.").into_bytes();
+    }
+    file.set("general.architecture", string("bitnet"));
+    assert_eq!(open(file.bytes()).unwrap().config.activation, Activation::Silu);
+    file.set("bitnet.hidden_activation", string("relu2"));
+    assert_eq!(open(file.bytes()).unwrap().config.activation, Activation::Relu2);
 }
 
 #[test]

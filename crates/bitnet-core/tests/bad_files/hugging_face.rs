@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use bitnet_core::checkpoint::{self, LoadError, LoadOptions, safetensors};
+use bitnet_core::{
+    TokenId,
+    checkpoint::{self, Activation, LoadError, LoadOptions, safetensors},
+};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -157,6 +160,60 @@ fn index(dir: &mut HuggingFaceDir, shard: &str) {
 fn the_directory_they_are_made_from_is_sound() {
     let (path, _) = HuggingFaceDir::valid().write("valid");
     load(|| open(&path)).unwrap();
+}
+
+#[test]
+fn what_the_directory_states_is_honoured() {
+    let mut dir = HuggingFaceDir::valid();
+    dir.config["quantization_config"]["linear_class"] = json!("bitlinear");
+    dir.config["rope_theta"] = json!(null);
+    dir.config["rope_parameters"] = json!({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
+    dir.tensor("self_attn.q_proj.weight_scale").3 = 4f32.to_le_bytes().to_vec();
+    dir.files.push(("generation_config.json", br#"{"do_sample":false,"eos_token_id":[3,99]}"#.to_vec()));
+    dir.files.push(("chat_template.jinja", b"from a file".to_vec()));
+    dir.files.push(("tokenizer_config.json", br#"{"chat_template":"from the config"}"#.to_vec()));
+    dir.files.push(("tokenizer.model", vec![1]));
+    let (path, _) = dir.write("states");
+    let checkpoint = open(&path).unwrap();
+    assert_eq!(checkpoint.weights.layers[0].q.reader().unwrap().scale(), 0.25);
+    assert_eq!(checkpoint.config.rope_theta, 5e5);
+    let factors = checkpoint.config.rope_freq_factors.unwrap();
+    assert_eq!((factors.len(), factors[0], factors[31]), (32, 1.0, 8.0));
+    assert_eq!(checkpoint.generation.temperature, Some(0.0));
+    assert_eq!(checkpoint.generation.stop_tokens, [3, 7].map(TokenId));
+    assert_eq!(checkpoint.chat_template.as_deref(), Some("from a file"));
+    assert!(checkpoint.tokenizer.is_none());
+    for expected in ["id 99 is outside", "only tokenizer.model"] {
+        assert!(checkpoint.notes.iter().any(|note| note.contains(expected)), "{:?}", checkpoint.notes);
+    }
+}
+
+#[test]
+fn the_names_of_the_1bitllm_repositories_are_known() {
+    let mut dir = HuggingFaceDir::valid();
+    dir.config["architectures"] = json!(["BitnetForCausalLM"]);
+    dir.config["model_type"] = json!("llama");
+    dir.config["hidden_act"] = json!(null);
+    dir.config["quantization_config"] = json!(null);
+    dir.tensors.retain(|tensor| !tensor.0.ends_with("weight_scale"));
+    for (name, dtype, shape, data) in &mut dir.tensors {
+        *name = name.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm");
+        if *dtype == "U8" {
+            (*dtype, shape[0]) = ("F32", shape[0] * 4);
+            *data = [0.25f32, -2.0, 0.75, 0.0].iter().flat_map(|weight| weight.to_le_bytes()).collect();
+            *data = data.repeat((shape[0] * shape[1] / 4) as usize);
+        }
+    }
+    let (path, _) = dir.write("1bitllm");
+    let checkpoint = open(&path).unwrap();
+    assert_eq!(checkpoint.config.activation, Activation::Silu);
+    let layer = &checkpoint.weights.layers[0];
+    assert!(layer.attn_sub_norm.is_some() && layer.ffn_sub_norm.is_some());
+    let reader = layer.gate.reader().unwrap();
+    let mut codes = vec![9; 128];
+    reader.decode_row(5, &mut codes).unwrap();
+    assert_eq!((codes[..4].to_vec(), reader.scale()), (vec![0, -1, 1, 0], 0.75));
 }
 
 #[test]
