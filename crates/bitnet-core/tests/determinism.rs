@@ -20,7 +20,7 @@ const DECODED: usize = 3;
 
 #[test]
 fn logits_depend_on_no_kernel_and_no_number_of_threads() {
-    for (model, dtype) in [("p1_packed", KvDtype::F32), ("p3_llama", KvDtype::F16)] {
+    for (model, dtype) in [("p1_packed", KvDtype::F32), ("p1_packed", KvDtype::F16), ("p3_llama", KvDtype::F16)] {
         let checkpoint = open(&golden(model));
         let reference = hash_of_logits(&checkpoint, dtype, setup("auto", 1), 8, 512);
         for kernel in kernels::available() {
@@ -34,7 +34,7 @@ fn logits_depend_on_no_kernel_and_no_number_of_threads() {
 
 #[test]
 fn logits_depend_on_no_batch_and_no_chunk() {
-    for (model, dtype) in [("p2_master", KvDtype::F16), ("p4_silu", KvDtype::F32)] {
+    for (model, dtype) in [("p2_master", KvDtype::F16), ("p4_silu", KvDtype::F32), ("p4_silu", KvDtype::F16)] {
         let checkpoint = open(&golden(model));
         let reference = hash_of_logits(&checkpoint, dtype, setup("auto", 1), 2, 33);
         for batch in BATCHES {
