@@ -316,7 +316,9 @@ impl<'a> Scratch<'a> {
 /// `N` queries times the keys of a block (`[head_dim][16]`).
 #[inline(always)]
 fn dot_keys<const N: usize>(queries: [&[f32]; N], keys: &[[f32; BLOCK_TOKENS]]) -> [[f32; BLOCK_TOKENS]; N] {
-    let queries = queries.map(|query| &query[..keys.len()]);
+    for query in &queries {
+        assert_eq!(query.len(), keys.len(), "a query as wide as the keys");
+    }
     let mut sums = [[0.0f32; BLOCK_TOKENS]; N];
     for (d, key) in keys.iter().enumerate() {
         for n in 0..N {

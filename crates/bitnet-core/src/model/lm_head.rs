@@ -99,22 +99,20 @@ impl FloatOp for Score<'_> {
 }
 
 impl Score<'_> {
-    /// Rows of plain floats: widened in registers for one token, once into `decoded` for several.
+    /// Rows of plain floats: for one token four at a time, widened in registers; for several tokens each is decoded once.
     #[inline(always)]
     fn score<const BYTES: usize>(mut self, widen: impl Fn([u8; BYTES]) -> f32 + Copy) {
         let cols = self.head.cols;
-        let data = self.head.data.bytes().as_chunks::<BYTES>().0;
-        let single = self.hidden.len() == cols;
-        for (i, row) in self.rows.clone().enumerate() {
-            let row = &data[row * cols..][..cols];
-            if single {
-                self.out.row_mut(0)[i] = dots([self.hidden], row, widen)[0];
-            } else {
-                for (out, bytes) in self.decoded.iter_mut().zip(row) {
-                    *out = widen(*bytes);
-                }
-                self.score_row(i);
+        let data = &self.head.data.bytes().as_chunks::<BYTES>().0[self.rows.start * cols..self.rows.end * cols];
+        if self.hidden.len() == cols {
+            dot_all(data, self.hidden, widen, self.out.row_mut(0));
+            return;
+        }
+        for (i, row) in data.chunks_exact(cols).enumerate() {
+            for (out, bytes) in self.decoded.iter_mut().zip(row) {
+                *out = widen(*bytes);
             }
+            self.score_decoded_row(i);
         }
     }
 
@@ -122,52 +120,97 @@ impl Score<'_> {
     fn score_decoded(mut self) {
         for (i, row) in self.rows.clone().enumerate() {
             self.head.decode_row(row, self.decoded);
-            self.score_row(i);
+            self.score_decoded_row(i);
         }
     }
 
-    /// Column `i` of the window: the row in `decoded`, four tokens at a time.
+    /// Column `i` of the window: the row in `decoded` with every token.
     #[inline(always)]
-    fn score_row(&mut self, i: usize) {
-        let cols = self.head.cols;
-        let (tiles, rest) = self.hidden.split_at(self.hidden.len() / (4 * cols) * 4 * cols);
-        let mut token = 0;
-        for tile in tiles.chunks_exact(4 * cols) {
-            let four = std::array::from_fn::<_, 4, _>(|n| &tile[n * cols..][..cols]);
-            for logit in dots(four, self.decoded, unchanged) {
-                self.out.row_mut(token)[i] = logit;
-                token += 1;
-            }
-        }
-        for one in rest.chunks_exact(cols) {
-            self.out.row_mut(token)[i] = dots([one], self.decoded, unchanged)[0];
-            token += 1;
+    fn score_decoded_row(&mut self, i: usize) {
+        let mut logits = [0.0; Workspace::MAX_LOGIT_ROWS];
+        let logits = &mut logits[..self.out.num_rows()];
+        dot_all(self.hidden, self.decoded, unchanged, logits);
+        for (token, logit) in logits.iter().enumerate() {
+            self.out.row_mut(token)[i] = *logit;
         }
     }
 }
 
-/// `row . x` for `N` vectors at once, each in 16 lanes of fused multiply-adds and the tree.
+/// `out[i] = rows[i] . x`, four rows side by side. `rows: [out.len(), x.len()]`
 #[inline(always)]
-fn dots<W: Copy, const N: usize>(vectors: [&[f32]; N], row: &[W], widen: impl Fn(W) -> f32 + Copy) -> [f32; N] {
-    let mut lanes = [[0.0f32; LANES]; N];
-    let (steps, tail) = row.as_chunks::<LANES>();
-    let vectors = vectors.map(|x| x[..row.len()].as_chunks::<LANES>());
-    for (i, step) in steps.iter().enumerate() {
-        for lane in 0..LANES {
-            let weight = widen(step[lane]);
-            for n in 0..N {
-                lanes[n][lane] = weight.mul_add(vectors[n].0[i][lane], lanes[n][lane]);
-            }
-        }
+fn dot_all<W: Copy>(rows: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy, out: &mut [f32]) {
+    let (out_tiles, out_rest) = out.as_chunks_mut::<4>();
+    let (tiles, rest) = rows.split_at(out_tiles.len() * 4 * x.len());
+    for (out, tile) in out_tiles.iter_mut().zip(tiles.chunks_exact(4 * x.len())) {
+        *out = dot_four(tile, x, widen);
     }
-    for (lane, &weight) in tail.iter().enumerate() {
-        for n in 0..N {
-            lanes[n][lane] = widen(weight).mul_add(vectors[n].1[lane], lanes[n][lane]);
-        }
+    for (out, row) in out_rest.iter_mut().zip(rest.chunks_exact(x.len())) {
+        *out = dot_one(row, x, widen);
     }
-    let mut sums = [0.0; N];
-    for n in 0..N {
-        sums[n] = math::lane_tree(&lanes[n]);
+}
+
+/// `row . x` in 16 lanes of fused multiply-adds and the tree.
+#[inline(always)]
+fn dot_one<W: Copy>(row: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy) -> f32 {
+    let (row, row_tail) = row.as_chunks::<LANES>();
+    let (x, x_tail) = x.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for (row, x) in row.iter().zip(x) {
+        sums = multiply_add(sums, row, x, widen);
+    }
+    math::lane_tree(&multiply_add_tail(sums, row_tail, x_tail, widen))
+}
+
+/// [`dot_one`] of four rows: the same sums, four chains of additions at once.
+#[inline(always)]
+fn dot_four<W: Copy>(rows: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy) -> [f32; 4] {
+    let (a, rest) = rows.split_at(x.len());
+    let (b, rest) = rest.split_at(x.len());
+    let (c, d) = rest.split_at(x.len());
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] =
+        [a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>(), d.as_chunks::<LANES>()];
+    let (x, x_tail) = x.as_chunks::<LANES>();
+    let mut sums = [[0.0; LANES]; 4];
+    for ((((x, a), b), c), d) in x.iter().zip(a).zip(b).zip(c).zip(d) {
+        sums = [
+            multiply_add(sums[0], a, x, widen),
+            multiply_add(sums[1], b, x, widen),
+            multiply_add(sums[2], c, x, widen),
+            multiply_add(sums[3], d, x, widen),
+        ];
+    }
+    [
+        math::lane_tree(&multiply_add_tail(sums[0], a_tail, x_tail, widen)),
+        math::lane_tree(&multiply_add_tail(sums[1], b_tail, x_tail, widen)),
+        math::lane_tree(&multiply_add_tail(sums[2], c_tail, x_tail, widen)),
+        math::lane_tree(&multiply_add_tail(sums[3], d_tail, x_tail, widen)),
+    ]
+}
+
+/// `sums + weights * x`, fused, lane by lane.
+#[inline(always)]
+fn multiply_add<W: Copy>(
+    mut sums: [f32; LANES],
+    weights: &[W; LANES],
+    x: &[f32; LANES],
+    widen: impl Fn(W) -> f32,
+) -> [f32; LANES] {
+    for lane in 0..LANES {
+        sums[lane] = widen(weights[lane]).mul_add(x[lane], sums[lane]);
+    }
+    sums
+}
+
+/// [`multiply_add`] of the last, shorter step.
+#[inline(always)]
+fn multiply_add_tail<W: Copy>(
+    mut sums: [f32; LANES],
+    weights: &[W],
+    x: &[f32],
+    widen: impl Fn(W) -> f32,
+) -> [f32; LANES] {
+    for ((sum, weight), x) in sums.iter_mut().zip(weights).zip(x) {
+        *sum = widen(*weight).mul_add(*x, *sum);
     }
     sums
 }
@@ -199,15 +242,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vectors_side_by_side_give_the_bits_of_one_alone() {
+    fn rows_side_by_side_give_the_bits_of_one_alone() {
         for len in [1, 15, 16, 48, 70] {
-            let vector =
-                |seed: usize| (0..len).map(|i| ((i * 37 + seed * 11) % 19) as f32 / 7.0 - 1.3).collect::<Vec<_>>();
-            let (row, vectors) = (vector(9), [vector(0), vector(1), vector(2), vector(3)]);
-            let together = dots(std::array::from_fn::<_, 4, _>(|n| &vectors[n][..]), &row, unchanged);
-            for (vector, sum) in vectors.iter().zip(together) {
-                assert_eq!(sum.to_bits(), math::dot_16(&row, vector).to_bits());
+            let values =
+                |seed: usize, len: usize| (0..len).map(move |i| ((i * 37 + seed * 11) % 19) as f32 / 7.0 - 1.3);
+            let (rows, x): (Vec<_>, Vec<_>) = (values(3, 7 * len).collect(), values(9, len).collect());
+            let mut out = [0.0; 7];
+            dot_all(&rows, &x, unchanged, &mut out);
+            for (row, out) in rows.chunks_exact(len).zip(out) {
+                assert_eq!(out.to_bits(), math::dot_16(row, &x).to_bits());
             }
         }
+    }
+
+    #[test]
+    fn stored_floats_are_little_endian() {
+        assert_eq!(f32_from_le_bytes([0, 0, 0xc0, 0x3f]), 1.5);
+        assert_eq!(f16_from_le_bytes([0, 0x3e]), 1.5);
+        assert_eq!(bf16_from_le_bytes([0xc0, 0x3f]), 1.5);
     }
 }
