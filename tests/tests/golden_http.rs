@@ -60,12 +60,16 @@ async fn the_fixed_text_has_the_reference_likelihood() {
     }
 }
 
+/// Two tokens whose logits differ by less than this are a near tie: the rounding noise of one flipped activation code,
+/// which differs between any two float32 engines, can decide it (see `tests/golden/README.md`).
+const NEAR_TIE: f32 = 0.05;
+
 #[tokio::test]
 async fn greedy_tokens_are_those_of_the_reference() {
+    let (mut num_equal, mut num_compared) = (0, 0);
     for name in MODELS {
         let server = serve(name);
         let always = matches!(name, "p3_llama" | "p4_silu");
-        let mut compared = 0;
         for prompt in golden::load(name).prompts {
             let stable =
                 prompt.greedy_variants_agree.as_object().is_some_and(|v| v.values().all(|agree| agree == true));
@@ -74,12 +78,23 @@ async fn greedy_tokens_are_those_of_the_reference() {
             }
             let body = json!({"prompt": prompt.ids, "max_tokens": 64, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
             let answer = server.post("/v1/completions", &body).await.ok();
-            assert_eq!(answer["choices"][0]["token_ids"], json!(prompt.greedy_f32), "{name}, {}", prompt.category);
             assert_eq!(answer["choices"][0]["prompt_token_ids"], json!(prompt.ids), "{name}, {}", prompt.category);
-            compared += 1;
+            let tokens = answer["choices"][0]["token_ids"].as_array().expect("a list");
+            assert_eq!(tokens.len(), prompt.greedy_f32.len());
+            let difference = tokens.iter().zip(&prompt.greedy_f32).position(|(ours, theirs)| *ours != json!(theirs));
+            if let Some(step) = difference {
+                let margin = prompt.greedy_margins[step];
+                assert!(
+                    margin < NEAR_TIE,
+                    "{name}, {}: another token at step {step}, margin {margin}",
+                    prompt.category
+                );
+            }
+            num_equal += usize::from(difference.is_none());
+            num_compared += 1;
         }
-        assert!(compared >= 3, "{name}: only {compared} prompts were compared");
     }
+    assert!(num_compared >= 18 && num_equal + 1 >= num_compared, "{num_equal} of {num_compared} prompts are equal");
 }
 
 #[tokio::test]

@@ -47,9 +47,8 @@ pub(crate) fn serve(args: ServeArgs) -> Result<(), Failure> {
         .map_err(|error| Failure::configuration(format!("cannot start the runtime: {error}")))?;
     let builtin = config.model.is_none();
     let loader = loader(&config);
-    runtime.block_on(async {
-        App::build(config).await?.run(loader, |serving| print_banner(serving, builtin)).await
-    })?;
+    runtime
+        .block_on(async { App::build(config).await?.run(loader, |serving| print_banner(serving, builtin)).await })?;
     Ok(())
 }
 
