@@ -1,6 +1,7 @@
 //! The harness of the end-to-end tests: starts the real `bitnet` binary on a free port and talks to it over HTTP.
 //!
-//! Tests see what users see, so nothing in here reaches into the crates; golden files are read from `tests/golden`.
+//! Tests see what users see. Only the tokenizer's vectors, of which the real ones are not shipped, go through the library.
 
 pub mod golden;
 pub mod server;
+pub mod tokenizer_support;

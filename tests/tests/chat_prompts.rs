@@ -1,14 +1,12 @@
 //! Conversations -> ids with the small golden tokenizer: content stays text, and nothing else changes.
 
-mod tokenizer_support;
-
 use std::{path::Path, sync::Arc};
 
 use bitnet_core::{TokenId, Tokenizer, tokenizer::EncodeOptions};
 use bitnet_server::prompt::{ChatMessage, ChatOptions, ChatPrompter, PromptError, TemplateError};
+use bitnet_tests::tokenizer_support::both_sources;
 use proptest::prelude::*;
 use serde_json::json;
-use tokenizer_support::both_sources;
 
 const BOS: TokenId = TokenId(500);
 const EOT: TokenId = TokenId(509);

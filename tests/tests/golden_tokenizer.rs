@@ -1,13 +1,11 @@
 //! The 38 tokenizer vectors of each golden checkpoint, from `tokenizer.json`, from a GGUF vocabulary made of it and
 //! from the GGUF files.
 
-mod tokenizer_support;
-
 use std::path::{Path, PathBuf};
 
 use bitnet_core::{LoadOptions, TokenId, Tokenizer, tokenizer::EncodeOptions, tokenizer::IncrementalDecoder};
+use bitnet_tests::tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json};
 use proptest::prelude::*;
-use tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json};
 
 const MODELS: [&str; 4] = ["p1_packed", "p2_master", "p3_llama", "p4_silu"];
 const BOS: u32 = 500;

@@ -2,8 +2,6 @@
 //! `tokenizer.json`, `chat_vectors.json` and `decode_vectors.json`, beside which `../vectors` holds the others. Without it
 //! the run says in one line that they were no part of it.
 
-mod tokenizer_support;
-
 use std::{
     io::Write,
     path::{Path, PathBuf},
@@ -12,7 +10,7 @@ use std::{
 
 use bitnet_core::{TokenId, Tokenizer};
 use bitnet_server::prompt::{ChatMessage, ChatOptions, ChatPrompter};
-use tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json, typed};
+use bitnet_tests::tokenizer_support::{Vector, both_sources, check_vectors, raw, read_json, typed};
 
 const BOS: u32 = 128_000;
 const END_OF_TEXT: u32 = 128_001;

@@ -317,7 +317,8 @@ mod tests {
 
     #[test]
     fn inconsistent_vocabularies_are_refused_with_a_reason() {
-        let cases: [(&str, fn(&mut GgufVocabulary)); 14] = [
+        type Defect = fn(&mut GgufVocabulary);
+        let cases: [(&str, Defect); 14] = [
             ("\"bert\"", |v| v.model = "bert".to_owned()),
             ("\"chameleon\"", |v| (v.model, v.pre) = ("gpt2".to_owned(), Some("chameleon".to_owned()))),
             ("missing or empty", |v| v.tokens.clear()),

@@ -74,18 +74,6 @@ impl SpecialFinder {
     }
 }
 
-impl Disguised<'_> {
-    /// `text` with every stand-in back in its own shape.
-    pub(super) fn reveal(&self, text: String) -> String {
-        if self.stand_ins.is_empty() {
-            return text;
-        }
-        let original =
-            |c: char| self.stand_ins.iter().find(|(stand_in, _)| *stand_in == c).map_or(c, |(_, original)| *original);
-        text.chars().map(original).collect()
-    }
-}
-
 /// What a first look at all strings finds out.
 struct Scan<'f> {
     finder: &'f SpecialFinder,
@@ -143,6 +131,16 @@ const PRIVATE_USE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{FFFFD}';
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    impl Disguised<'_> {
+        /// `text` with every stand-in back in its own shape.
+        fn reveal(&self, text: String) -> String {
+            let original = |c: char| {
+                self.stand_ins.iter().find(|(stand_in, _)| *stand_in == c).map_or(c, |(_, original)| *original)
+            };
+            text.chars().map(original).collect()
+        }
+    }
 
     use super::*;
 

@@ -10,7 +10,7 @@ use bitnet_core::{
 use serde_json::Value;
 
 /// A text and the ids it must become.
-#[derive(serde::Deserialize)]
+#[derive(Debug, serde::Deserialize)]
 pub struct Vector {
     /// The text.
     pub text: String,
@@ -18,13 +18,19 @@ pub struct Vector {
     pub ids: Vec<u32>,
 }
 
-/// Reads JSON, naming the file when it cannot.
+/// Reads JSON.
+///
+/// # Panics
+/// When the file is missing or of another shape, naming it.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
     let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_slice(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// The same tokenizer from its file and from a GGUF vocabulary made of it, each with a name for messages.
+///
+/// # Panics
+/// When the file is missing or no tokenizer.
 pub fn both_sources(json_path: &Path, bos: u32) -> [(&'static str, Tokenizer); 2] {
     let json = std::fs::read(json_path).expect("tokenizer.json can be read");
     let gguf = gguf_vocabulary(&serde_json::from_slice(&json).expect("tokenizer.json is JSON"), bos);
@@ -34,6 +40,9 @@ pub fn both_sources(json_path: &Path, bos: u32) -> [(&'static str, Tokenizer); 2
 }
 
 /// What a GGUF converter would write for this `tokenizer.json`.
+///
+/// # Panics
+/// When it has another shape.
 pub fn gguf_vocabulary(json: &Value, bos: u32) -> GgufVocabulary {
     let added = json["added_tokens"].as_array().expect("added tokens").iter();
     let added = added.map(|token| (token["content"].as_str().expect("content"), &token["id"], 3));
@@ -64,6 +73,9 @@ fn merge_line(merge: &Value) -> String {
 }
 
 /// Every text gives its ids, and ids give back the text.
+///
+/// # Panics
+/// When one does not.
 pub fn check_vectors(name: &str, tokenizer: &Tokenizer, vectors: &[Vector]) {
     let options = EncodeOptions { add_special_tokens: false, parse_special: true };
     for Vector { text, ids } in vectors {
