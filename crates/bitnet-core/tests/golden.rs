@@ -8,9 +8,10 @@ use std::{collections::HashMap, fs, path::PathBuf};
 use bitnet_core::{
     TokenId,
     checkpoint::{LayerTensors, TernaryTensor},
+    kv_cache::KvDtype,
     model::{LogitRows, TracePoint},
 };
-use common::{Engine, Share, golden, open};
+use common::{Engine, Setup, Share, golden, open};
 use serde_json::Value;
 
 const MODELS: [&str; 4] = ["p1_packed", "p2_master", "p3_llama", "p4_silu"];
@@ -29,7 +30,7 @@ fn rule_1_clean_prompts() {
     for file in exact_files() {
         let clean = file.json("clean");
         let arrays = file.arrays("clean");
-        let mut engine = Engine::open(&file.path);
+        let mut engine = file.engine();
         let mut worst_by_prompt = Vec::new();
         let mut num_sharp = 0;
         for (i, prompt) in items(&clean["prompts"]).iter().enumerate() {
@@ -54,7 +55,7 @@ fn rule_2_modules_of_layer_0() {
         let json = file.json("golden");
         let short = &json["prompts"][json["all_positions_prompt"].as_u64().expect("an index") as usize];
         let tokens = ids(&short["ids"]);
-        let mut engine = Engine::open(&file.path);
+        let mut engine = file.engine();
         let batch = engine.batch(&[Share { slot: 0, tokens: &tokens, start: 0, logits: LogitRows::All }]);
         let mut modules = Vec::new();
         engine.model.forward_traced(&batch, &mut engine.kv, &mut engine.workspace, &mut |point, layer, values| {
@@ -79,7 +80,7 @@ fn rule_3_long_prompts_teacher_forced() {
     for file in all_files() {
         let reference = file.arrays("golden");
         let json = file.json("golden");
-        let mut engine = Engine::open(&file.path);
+        let mut engine = file.engine();
         let (mut differences, mut agreement, mut agreement_everywhere) =
             (Vec::new(), Agreement::default(), Agreement::default());
         for (i, prompt) in items(&json["prompts"]).iter().enumerate() {
@@ -115,7 +116,7 @@ fn rule_3_long_prompts_teacher_forced() {
 #[test]
 fn rule_4_greedy_tokens() {
     for file in exact_files() {
-        let mut engine = Engine::open(&file.path);
+        let mut engine = file.engine();
         let (mut num_whole, mut agreement, mut near_ties) = (0, Agreement::default(), Vec::new());
         for prompt in items(&file.json("golden")["prompts"]) {
             let reference = ids(&prompt["greedy_f32"]);
@@ -151,7 +152,7 @@ fn rule_5_fixed_text() {
     for file in exact_files() {
         let json = file.json("golden");
         let tokens = ids(&json["fixed_text"]["ids"]);
-        let logits = Engine::open(&file.path).all_logits(&tokens, CHUNK);
+        let logits = file.engine().all_logits(&tokens, CHUNK);
         let logprobs: Vec<f32> = logits.iter().zip(&tokens[1..]).map(|(row, &next)| logprob(row, next)).collect();
         let reference = &file.arrays("golden")["text.logprobs.f32"];
         let single = max_difference(&logprobs, reference);
@@ -198,6 +199,10 @@ impl std::fmt::Display for GoldenFile {
 }
 
 impl GoldenFile {
+    fn engine(&self) -> Engine {
+        Engine::new(&open(&self.path), KvDtype::F32, Setup::default())
+    }
+
     fn json(&self, kind: &str) -> Value {
         let path = golden(&format!("{}.{kind}.json", self.model));
         serde_json::from_slice(&fs::read(path).expect("readable")).expect("JSON")

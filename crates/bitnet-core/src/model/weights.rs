@@ -2,7 +2,10 @@
 
 use crate::{
     checkpoint::{Checkpoint, DenseMatrix, LayerTensors, LoadError, ModelConfig, TernaryTensor},
-    kernels::{TernaryKernel, packing::PackedTernary},
+    kernels::{
+        TernaryKernel,
+        packing::{MAX_COLS, PackedTernary},
+    },
     threads::WorkerPool,
 };
 
@@ -49,7 +52,7 @@ impl Model {
     /// way. `progress(done, total)` is called with weights repacked so far.
     ///
     /// # Errors
-    /// When the file holds an invalid code or a weight that is not finite.
+    /// When the file holds an invalid code or a weight that is not finite, or a layer is wider than any kernel can sum.
     pub fn load(
         checkpoint: &Checkpoint,
         kernel: &'static dyn TernaryKernel,
@@ -58,6 +61,11 @@ impl Model {
     ) -> Result<Self, LoadError> {
         let weights = &checkpoint.weights;
         let total = weights.layers.iter().flat_map(linears).map(num_weights).sum();
+        let widest = weights.layers.iter().flat_map(linears).map(|tensor| tensor.cols).max().unwrap_or(0);
+        if widest > MAX_COLS {
+            let problem = format!("has a linear layer of {widest} inputs; the kernels' integer sums hold {MAX_COLS}");
+            return Err(LoadError::Config { key: "intermediate_size".into(), problem });
+        }
         let mut repacker = Repacker { kernel, pool, progress, done: 0, total };
         progress(0, total);
         Ok(Self {

@@ -54,10 +54,6 @@ impl Engine {
         Self { model, kv, workspace, num_blocks }
     }
 
-    pub(crate) fn open(path: &Path) -> Self {
-        Self::new(&open(path), KvDtype::F32, Setup::default())
-    }
-
     /// The blocks of `slot`: descending and interleaved with the other slots', so that no order is taken for granted.
     pub(crate) fn block_table(&self, slot: usize) -> Vec<BlockId> {
         let per_slot = MAX_CONTEXT / BLOCK_TOKENS;
