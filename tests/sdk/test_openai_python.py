@@ -56,11 +56,9 @@ def test_chat_stream_equals_the_whole(client):
 
 def test_stream_helper(client):
     with client.chat.completions.stream(messages=CHAT, n=3, seed=7, model="p1_packed", max_tokens=8) as stream:
-        for _ in stream:
-            pass
-        final = stream.get_final_completion()
-    assert [c.index for c in final.choices] == [0, 1, 2]
-    assert all(c.message.role == "assistant" for c in final.choices)
+        snapshots = [event.snapshot for event in stream if event.type == "chunk"]
+    assert [c.index for c in snapshots[-1].choices] == [0, 1, 2]
+    assert all(c.message.role == "assistant" and c.finish_reason for c in snapshots[-1].choices)
 
 
 def test_choices_are_drawn_independently_and_repeatably(client):
