@@ -58,22 +58,27 @@ fn facts(checkpoint: &Checkpoint) -> Value {
             "head_dim": config.head_dim,
             "vocab_size": config.vocab_size,
             "max_context": config.max_context,
-            "rope_theta": config.rope_theta,
-            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": as_written(config.rope_theta),
+            "rms_norm_eps": as_written(config.rms_norm_eps),
             "activation": match config.activation { Activation::Relu2 => "relu2", Activation::Silu => "silu" },
             "tied_head": checkpoint.weights.lm_head.is_none(),
         },
         "tokenizer": tokenizer(checkpoint.tokenizer.as_ref()),
         "chat_template": checkpoint.chat_template,
         "generation": {
-            "temperature": checkpoint.generation.temperature,
-            "top_p": checkpoint.generation.top_p,
+            "temperature": checkpoint.generation.temperature.map(as_written),
+            "top_p": checkpoint.generation.top_p.map(as_written),
             "top_k": checkpoint.generation.top_k,
             "stop_tokens": checkpoint.generation.stop_tokens,
         },
         "notes": checkpoint.notes,
         "tensors": tensors,
     })
+}
+
+/// The short decimal of a float32, which its float64 would print in seventeen digits.
+fn as_written(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or_else(|_| f64::from(value))
 }
 
 fn tokenizer(source: Option<&TokenizerSource>) -> Value {
