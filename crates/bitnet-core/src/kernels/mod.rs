@@ -25,8 +25,13 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// `scalar`, `x86_64-avx2`, `x86_64-avxvnni`, `x86_64-avx512vnni`, `aarch64-neon`, ...
     fn name(&self) -> &'static str;
 
-    /// How weights must be packed.
-    fn layout(&self) -> PackedLayout;
+    /// How weights may be packed, the layout to take when nothing was measured first.
+    fn layouts(&self) -> &'static [PackedLayout];
+
+    /// The first of [`Self::layouts`].
+    fn layout(&self) -> PackedLayout {
+        self.layouts()[0]
+    }
 
     /// The instruction set for the floating-point work around the products.
     fn isa(&self) -> Isa;
@@ -34,13 +39,13 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// `out[row] = (w . x as f32) / s * scale`, for one token.
     ///
     /// # Panics
-    /// When `x` is not one token of `w.cols()` values or `out` is not `w.rows()` long.
+    /// When `x` is not one token of `w.cols()` values, `out` is not `w.rows()` long or the layout is none of this kernel's.
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]);
 
     /// `out[token][row] = (w . x[token] as f32) / s[token] * scale`. `out: [x.num_tokens(), w.rows()]`
     ///
     /// # Panics
-    /// When the shapes do not agree.
+    /// When the shapes do not agree or the layout is none of this kernel's.
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
 }
 
@@ -107,12 +112,14 @@ fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
 }
 
 /// What every kernel's pointer arithmetic relies on, checked once per product.
-fn check_gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
+fn check_gemv<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
+    assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());
     assert_eq!((x.num_tokens(), x.cols(), out.len()), (1, w.cols(), w.rows()), "shapes of a matrix-vector product");
 }
 
 /// As [`check_gemv`].
-fn check_gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &ColumnsMut<'_>) {
+fn check_gemm<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &ColumnsMut<'_>) {
+    assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());
     assert_eq!(
         (x.num_tokens(), x.cols(), out.num_columns()),
         (out.num_rows(), w.cols(), w.rows()),

@@ -8,11 +8,11 @@ use std::arch::x86_64::{
     _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, gemm_by_blocks, gemv_by_panels};
+use super::{PREFETCH_BYTES, PanelSums, Steps, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
 use crate::{
     kernels::{
-        Isa, TernaryKernel,
-        packing::{COLUMN_TILE, PackedLayout, PackedRows, TILE_BYTES},
+        Isa, TernaryKernel, check_gemm, check_gemv,
+        packing::{PackedLayout, PackedRows, TILE_BYTES},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -20,6 +20,9 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 6 accumulators leave four registers for weights, the mask and activations.
 const BLOCK: usize = 6;
+
+/// From here on several blocks share the work of unpacking a panel.
+const UNPACK_FROM: usize = 13;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -39,8 +42,8 @@ impl TernaryKernel for AvxVnni {
         "x86_64-avxvnni"
     }
 
-    fn layout(&self) -> PackedLayout {
-        PackedLayout::T32x2Bit
+    fn layouts(&self) -> &'static [PackedLayout] {
+        &[PackedLayout::T32x2Bit]
     }
 
     fn isa(&self) -> Isa {
@@ -48,11 +51,13 @@ impl TernaryKernel for AvxVnni {
     }
 
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        check_gemv(self, w, x, out);
         // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
         unsafe { gemv(w, x, out) }
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        check_gemm(self, w, x, out);
         // SAFETY: as above.
         unsafe { gemm(w, x, out) }
     }
@@ -65,21 +70,24 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    gemm_by_blocks::<BLOCK>(w, x, out, |panel, block, sums| match sums.len() {
-        1 => panel_gemm::<1>(panel, block, sums),
-        2 => panel_gemm::<2>(panel, block, sums),
-        3 => panel_gemm::<3>(panel, block, sums),
-        4 => panel_gemm::<4>(panel, block, sums),
-        5 => panel_gemm::<5>(panel, block, sums),
-        _ => panel_gemm::<BLOCK>(panel, block, sums),
-    });
+    let steps = Steps {
+        block: BLOCK,
+        unpack_from: UNPACK_FROM,
+        multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6], panel_gemm::<N>(panel, block, sums));
+        },
+        unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
+        multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, block, sums));
+        },
+    };
+    gemm_by_blocks(w, x, out, steps);
 }
 
 /// Planes masked in place, each with sums of its own that are shifted once, at the end.
 #[target_feature(enable = "avx2,avxvnni")]
 fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
-    let num_tiles = panel.len() / TILE_BYTES;
-    assert!(codes.len() >= num_tiles * COLUMN_TILE, "codes are padded to whole tiles");
+    let num_tiles = num_tiles(panel, codes, 4, 1);
     let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm256_set1_epi8(mask.cast_signed()));
     let mut out = [0; 32];
     for half in 0..2 {
@@ -88,7 +96,7 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
             let quarters = unsafe { load_half_tile(panel, tile, half) };
             for plane in 0..4 {
-                // SAFETY: 16 codes a tile, asserted above.
+                // SAFETY: 16 codes a tile, checked by `num_tiles`.
                 let x = unsafe { broadcast(codes, 4 * tile + plane) };
                 for quarter in 0..2 {
                     let weights = _mm256_and_si256(quarters[quarter], masks[plane]);
@@ -108,8 +116,7 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
 /// Planes shifted down, so that one pair of sums per token is enough.
 #[target_feature(enable = "avx2,avxvnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
-    let num_tiles = panel.len() / TILE_BYTES;
-    assert!(block.len() >= num_tiles * COLUMN_TILE * N && out.len() == N, "a block of {N} tokens");
+    let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm256_set1_epi8(3);
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
@@ -120,7 +127,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
                 let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
                 for (token, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: 16 codes a tile and token, asserted above.
+                    // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                     let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                     for quarter in 0..2 {
                         sums[quarter] = _mm256_dpbusd_avx_epi32(sums[quarter], weights[quarter], x);
@@ -134,15 +141,70 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
     }
 }
 
-/// Rows `16 * half..16 * half + 16` of a tile; asks for the weights to come.
+/// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
+#[target_feature(enable = "avx2,avxvnni")]
+fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+    let mask = _mm256_set1_epi8(3);
+    let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
+    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
+    for (tile, unpacked) in tiles.iter_mut().enumerate() {
+        for half in 0..2 {
+            // SAFETY: the half tile's 64 bytes lie inside the panel.
+            let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+            for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
+                store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), half, step);
+                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+            }
+        }
+    }
+}
+
+/// ```text
+/// for half of 16 rows, step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
+/// ```
+#[target_feature(enable = "avx2,avxvnni")]
+fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_steps = num_tiles(panel, block, 1, N);
+    for half in 0..2 {
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for step in 0..num_steps {
+            // SAFETY: the step's 128 bytes lie inside the panel.
+            let weights = unsafe { load_half(panel, step, half) };
+            for (token, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: 4 codes a step and token, checked by `num_tiles`.
+                let x = unsafe { broadcast(block, step * N + token) };
+                for quarter in 0..2 {
+                    sums[quarter] = _mm256_dpbusd_avx_epi32(sums[quarter], weights[quarter], x);
+                }
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(sums) {
+            store_half(sums, half, out);
+        }
+    }
+}
+
+/// [`load_half`], and asks for the weights to come.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx2,avxvnni")]
 #[inline]
 unsafe fn load_half_tile(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
+    let ahead = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + PREFETCH_BYTES);
+    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+    // SAFETY: the caller's promise.
+    unsafe { load_half(panel, tile, half) }
+}
+
+/// Rows `16 * half..16 * half + 16` of a tile, or of a step of an unpacked panel.
+///
+/// # Safety
+/// The tile must lie inside `panel`.
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+unsafe fn load_half(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
     let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half);
-    _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(PREFETCH_BYTES).cast());
     // SAFETY: 64 bytes at `bytes`, by the caller's promise.
     unsafe { [_mm256_loadu_si256(bytes.cast()), _mm256_loadu_si256(bytes.add(32).cast())] }
 }
@@ -166,5 +228,16 @@ fn store_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
     unsafe {
         _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
         _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), quarters[1]);
+    }
+}
+
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+fn store_bytes(quarters: [__m256i; 2], half: usize, out: &mut [u8; TILE_BYTES]) {
+    let out = &mut out[64 * half..][..64];
+    // SAFETY: 2 x 32 bytes.
+    unsafe {
+        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
+        _mm256_storeu_si256(out.as_mut_ptr().add(32).cast(), quarters[1]);
     }
 }
