@@ -114,7 +114,8 @@ def main():
         "tokenizer.ggml.token_type": [3 if t in SPECIALS else 1 for t in tokens],
         "tokenizer.ggml.merges": [" ".join(m) for m in merges],
         "tokenizer.ggml.bos_token_id": bos,
-        "tokenizer.ggml.eos_token_id": eot,
+        "tokenizer.ggml.eos_token_id": eos,
+        "tokenizer.ggml.eot_token_id": eot,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": TEMPLATE,
     }
