@@ -128,7 +128,7 @@ impl Service {
         let messages = self.screened_messages(request.messages)?;
         let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &ChatOptions::default());
         let prompt = self.with_prompter(encode, "messages").await?;
-        let requests = vec![self.fit("messages", prompt, &settings, None, caller.arrival)?];
+        let requests = vec![self.fit("messages", prompt, &settings, None, caller)?];
         let generation = self.start(places, requests, &settings, false, caller)?;
         let identity = Identity::new("chatcmpl", &self.card);
         Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
@@ -145,7 +145,7 @@ impl Service {
         let prompts = self.text_prompts(prompt).await?;
         let prompt_logprobs = settings.logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
-            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller.arrival)
+            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller)
         };
         let requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
         let generation = self.start(places, requests, &settings, true, caller)?;
@@ -170,7 +170,7 @@ impl Service {
         prompt: Vec<TokenId>,
         settings: &Settings,
         prompt_logprobs: Option<usize>,
-        arrival: Instant,
+        caller: Caller,
     ) -> Result<GenerationRequest, ServiceError> {
         let (context, len) = (self.card.max_model_len, prompt.len());
         if prompt.is_empty() {
@@ -198,8 +198,10 @@ impl Service {
             stop_tokens: if settings.ignore_eos { Arc::new([]) } else { Arc::clone(&self.stop_tokens) },
             logprobs: settings.logprobs,
             prompt_logprobs,
-            deadline: arrival + self.request_timeout,
-            arrival,
+            cache_prompt: settings.cache_prompt,
+            client: caller.client,
+            deadline: caller.arrival + self.request_timeout,
+            arrival: caller.arrival,
         })
     }
 

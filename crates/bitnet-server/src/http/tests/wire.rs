@@ -20,7 +20,7 @@ fn settled(mut value: Value) -> Value {
 #[tokio::test]
 async fn a_whole_chat_answer() {
     let server = Setup::saying("Hé!").start();
-    for path in ["/v1/chat/completions", "/chat/completions"] {
+    for (path, cached_tokens) in [("/v1/chat/completions", 0), ("/chat/completions", 16)] {
         let reply = server.post(path, format!("{HELLO}}}")).await;
         assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
         let expected = json!({
@@ -34,7 +34,7 @@ async fn a_whole_chat_answer() {
             // BOS, "user: hi", the end of turn, "assistant: "; four bytes and the end of turn.
             "usage": {
                 "prompt_tokens": 21, "completion_tokens": 5, "total_tokens": 26,
-                "prompt_tokens_details": {"cached_tokens": 0},
+                "prompt_tokens_details": {"cached_tokens": cached_tokens},
                 "completion_tokens_details": {
                     "reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0
                 },
