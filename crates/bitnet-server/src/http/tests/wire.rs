@@ -259,3 +259,17 @@ async fn the_response_cache_replays_and_renames() {
     server.post("/v1/completions", r#"{"prompt":"q","temperature":0,"logprobs":2,"cache_prompt":false}"#).await;
     assert!(hits(server.get("/metrics").await.text()).ends_with(" 1"));
 }
+
+#[tokio::test]
+async fn a_retry_joins_the_running_answer() {
+    let server = Setup::saying("a long enough answer to be joined").start();
+    let body = r#"{"prompt":"q","seed":1,"max_tokens":200}"#;
+    let answers = futures_util::future::join_all((0..4).map(|_| server.post("/v1/completions", body))).await;
+    let ids: std::collections::HashSet<_> = answers.iter().map(|reply| reply.json()["id"].to_string()).collect();
+    assert_eq!(ids.len(), 4, "each has an id of its own");
+    let answers: Vec<_> = answers.into_iter().map(|reply| settled(reply.json())).collect();
+    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    let metrics = server.get("/metrics").await.text();
+    let steps = metrics.lines().find(|line| line.starts_with("bitnet_prefix_cache_queried_tokens_total")).unwrap();
+    assert!(steps.ends_with(" 2"), "one prompt of two tokens reached the engine: {steps}");
+}
