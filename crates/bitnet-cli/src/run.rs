@@ -9,7 +9,7 @@ use std::{
 
 use bitnet_core::{TokenId, Tokenizer, sampling::SamplingParams, tokenizer::IncrementalDecoder};
 use bitnet_server::{
-    config::{RawConfig, ServerConfig},
+    config::{ClientId, RawConfig, ServerConfig},
     engine::{GenerationRequest, SequenceEvent},
     load::{LoadSettings, load_model, start_service},
     metrics::{Metrics, MetricsLimits},
@@ -177,6 +177,8 @@ impl Session {
             stop_tokens: Arc::clone(self.service.stop_tokens()),
             logprobs: None,
             prompt_logprobs: None,
+            cache_prompt: true,
+            client: ClientId::local(),
             deadline: Instant::now() + NO_DEADLINE,
             arrival: Instant::now(),
         };

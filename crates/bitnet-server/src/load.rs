@@ -246,6 +246,7 @@ fn engine_config(model: &Model, config: &ServerConfig, limit_bytes: Option<u64>)
         max_model_len,
         num_kv_blocks: usize::try_from(plan.num_kv_blocks).unwrap_or(usize::MAX),
         kv_dtype: config.kv_dtype,
+        prefix_sharing: config.prefix_sharing,
     })
 }
 

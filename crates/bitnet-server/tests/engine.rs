@@ -1,5 +1,5 @@
 //! The engine over a real (small) model: an answer is the same to the bit alone and in a crowd, whatever the budget, the
-//! number of threads, and however often a sequence is preempted.
+//! number of threads, however often a sequence is preempted, and whatever of its prompt was in the prefix cache.
 
 use std::{
     path::Path,
@@ -11,6 +11,7 @@ use bitnet_core::{
     LoadOptions, Model, TokenId, checkpoint, kernels, kv_cache::KvDtype, sampling::SamplingParams, threads::WorkerPool,
 };
 use bitnet_server::{
+    config::{ClientId, PrefixSharing},
     engine::{Engine, EngineConfig, EngineError, EngineHandle, GenerationRequest, SequenceEvent, SequenceStream},
     metrics::{Metrics, MetricsLimits},
 };
@@ -35,6 +36,7 @@ fn roomy() -> EngineConfig {
         max_model_len: 128,
         num_kv_blocks: 64,
         kv_dtype: KvDtype::F16,
+        prefix_sharing: PrefixSharing::PerClient,
     }
 }
 
@@ -61,6 +63,8 @@ fn requests() -> Vec<GenerationRequest> {
             stop_tokens: Arc::new([TokenId(501), TokenId(509)]),
             logprobs: (number % 2 == 0).then_some(3),
             prompt_logprobs: (number % 3 == 0).then_some(2),
+            cache_prompt: true,
+            client: ClientId::local(),
             deadline: now + Duration::from_secs(600),
             arrival: now,
         })
@@ -71,13 +75,15 @@ fn submit(handle: &EngineHandle, request: &GenerationRequest) -> Vec<SequenceStr
     handle.reserve().expect("a place").submit(request.clone()).expect("the engine lives")
 }
 
-async fn read_all(streams: Vec<SequenceStream>) -> Vec<Vec<SequenceEvent>> {
-    let mut answers = Vec::new();
+/// The answer of each choice, and how many tokens of prompts came from the prefix cache: the only thing neighbours show in.
+async fn read_all(streams: Vec<SequenceStream>) -> (Vec<Vec<SequenceEvent>>, Vec<usize>) {
+    let (mut answers, mut cached) = (Vec::new(), Vec::new());
     for mut stream in streams {
         let mut events = Vec::new();
         loop {
             events.push(stream.next().await);
-            match events.last() {
+            match events.last_mut() {
+                Some(SequenceEvent::PromptDone { cached_tokens, .. }) => cached.push(std::mem::take(cached_tokens)),
                 Some(SequenceEvent::Finished(_)) => break,
                 Some(SequenceEvent::Failed(error)) => panic!("{error}"),
                 _ => {}
@@ -85,7 +91,7 @@ async fn read_all(streams: Vec<SequenceStream>) -> Vec<Vec<SequenceEvent>> {
         }
         answers.push(events);
     }
-    answers
+    (answers, cached)
 }
 
 #[tokio::test]
@@ -94,7 +100,7 @@ async fn an_answer_never_depends_on_its_neighbours() {
     let requests = requests();
     let mut alone = Vec::new();
     for request in &requests {
-        alone.push(read_all(submit(&handle, request)).await);
+        alone.push(read_all(submit(&handle, request)).await.0);
     }
     check_shapes(&requests, &alone);
 
@@ -104,8 +110,41 @@ async fn an_answer_never_depends_on_its_neighbours() {
         let handle = start(num_threads, &config);
         let streams: Vec<_> = requests.iter().rev().map(|request| submit(&handle, request)).collect();
         for (streams, alone) in streams.into_iter().rev().zip(&alone) {
-            assert_eq!(&read_all(streams).await, alone, "{config:?}");
+            assert_eq!(&read_all(streams).await.0, alone, "{config:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn the_prefix_cache_changes_no_bit() {
+    let cold = start(1, &EngineConfig { prefix_sharing: PrefixSharing::Off, ..roomy() });
+    let warm = start(1, &roomy());
+    for request in requests() {
+        let (expected, computed) = read_all(submit(&cold, &request)).await;
+        // The choices of one request share its prompt even then.
+        let shared = if request.prompt_logprobs.is_some() { 0 } else { (request.prompt.len() - 1) / 16 * 16 };
+        assert_eq!(computed[0], 0);
+        assert!(computed[1..].iter().all(|cached| *cached == shared));
+        for first in [0, shared] {
+            let (answer, cached) = read_all(submit(&warm, &request)).await;
+            assert_eq!(answer, expected);
+            assert_eq!(cached[0], first);
+        }
+        // A conversation that goes on: the answer's own blocks are found too.
+        let mut next = request.clone();
+        next.prompt_logprobs = None;
+        next.prompt.extend(expected[0].iter().filter_map(|event| match event {
+            SequenceEvent::Token(token) => Some(token.token),
+            _ => None,
+        }));
+        (next.max_tokens, next.min_tokens) = (2, 0);
+        let (expected, _) = read_all(submit(&cold, &next)).await;
+        let (answer, cached) = read_all(submit(&warm, &next)).await;
+        assert_eq!(answer, expected);
+        assert_eq!(cached[0], (next.prompt.len() - 1) / 16 * 16);
+        let other = GenerationRequest { client: ClientId::from_address([10, 0, 0, 1].into()), ..next.clone() };
+        let (answer, cached) = read_all(submit(&warm, &other)).await;
+        assert_eq!((answer, cached[0]), (expected, 0), "nobody finds another's");
     }
 }
 

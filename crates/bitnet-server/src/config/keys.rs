@@ -1,6 +1,11 @@
 //! The key file: who may call. Secrets are hashed the moment they are read; only digests stay in memory.
 
-use std::{fmt, net::IpAddr, path::Path, sync::Arc};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::Arc,
+};
 
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
@@ -19,6 +24,11 @@ impl ClientId {
             IpAddr::V4(v4) => Self::digest(b"v4", &v4.octets()),
             IpAddr::V6(v6) => Self::digest(b"v6", &v6.octets()[..8]),
         }
+    }
+
+    /// This machine: what the server asks of itself.
+    pub fn local() -> Self {
+        Self::from_address(IpAddr::V4(Ipv4Addr::LOCALHOST))
     }
 
     /// The bytes, for salts.

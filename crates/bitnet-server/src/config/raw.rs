@@ -89,6 +89,13 @@ pub struct RawConfig {
     /// Memory for answers of deterministic requests, in MiB; 0 turns the cache off [default: 64]
     #[arg(long, env = "BITNET_RESPONSE_CACHE_MB", value_name = "MB")]
     pub response_cache_mb: Option<u64>,
+    /// Keep keys and values of prompts for prompts that start the same [default: on]
+    #[arg(long, env = "BITNET_PREFIX_CACHE", value_name = "on|off")]
+    pub prefix_cache: Option<String>,
+    /// Let clients find each other's prompts in the prefix cache, which lets them guess by timing what others asked
+    #[arg(long, env = "BITNET_SHARED_PREFIX_CACHE", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
+    pub shared_prefix_cache: Option<bool>,
     /// Choices (n) that one request may ask for [default: 8]
     #[arg(long, env = "BITNET_MAX_N", value_name = "N")]
     pub max_n: Option<u32>,
@@ -223,6 +230,8 @@ overlay!(
     drain_timeout,
     content_filter,
     response_cache_mb,
+    prefix_cache,
+    shared_prefix_cache,
     max_n,
     strict_params,
     temperature,

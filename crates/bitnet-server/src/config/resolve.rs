@@ -59,6 +59,8 @@ pub struct ServerConfig {
     pub content_filter: Option<FilterRules>,
     /// Memory of the response cache; 0: off.
     pub response_cache_bytes: usize,
+    /// Who finds whose prefixes in the KV cache.
+    pub prefix_sharing: PrefixSharing,
     /// Choices one request may ask for.
     pub max_n: u32,
     /// Whether unknown request fields are refused.
@@ -78,6 +80,18 @@ pub struct SamplingDefaults {
     pub top_p: Option<f32>,
     /// At least 1.
     pub max_tokens: Option<usize>,
+}
+
+/// Who finds whose prefixes in the KV cache. The choices of one request share its prompt in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefixSharing {
+    /// Nobody finds anybody's.
+    Off,
+    /// A client finds its own, so nobody can learn by timing what others asked.
+    #[default]
+    PerClient,
+    /// Everybody finds everybody's.
+    Everyone,
 }
 
 /// Form of the log on stderr.
@@ -139,6 +153,11 @@ impl ServerConfig {
             drain_timeout: seconds("drain-timeout", raw.drain_timeout.unwrap_or(45.0), 0.0)?,
             content_filter: raw.content_filter.as_deref().map(FilterRules::read).transpose()?,
             response_cache_bytes: mebibytes("response-cache-mb", raw.response_cache_mb.unwrap_or(64), 0)? as usize,
+            prefix_sharing: match one_of("prefix-cache", raw.prefix_cache, &[("on", true), ("off", false)])? {
+                false => PrefixSharing::Off,
+                true if raw.shared_prefix_cache.unwrap_or(false) => PrefixSharing::Everyone,
+                true => PrefixSharing::PerClient,
+            },
             max_n: within("max-n", raw.max_n.unwrap_or(8), 1, 128)?,
             strict_params: raw.strict_params.unwrap_or(false),
             sampling: SamplingDefaults {

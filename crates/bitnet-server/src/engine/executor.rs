@@ -116,12 +116,9 @@ impl Share<'_> {
         self.sequence.request.max_tokens > 0 && self.positions().end == self.sequence.tokens.len()
     }
 
-    /// Whether rows score prompt tokens. A sequence that was preempted after its first token has said them before.
+    /// Whether rows score prompt tokens.
     fn scores_prompt(&self) -> bool {
-        let sequence = self.sequence;
-        sequence.request.prompt_logprobs.is_some()
-            && sequence.generated().is_empty()
-            && sequence.num_computed_tokens + 1 < sequence.prompt_len()
+        self.sequence.scores_prompt() && self.sequence.num_computed_tokens + 1 < self.sequence.prompt_len()
     }
 }
 

@@ -16,7 +16,7 @@ use bitnet_core::{
 };
 use tokio::sync::mpsc;
 
-use crate::metrics::Metrics;
+use crate::{config::ClientId, metrics::Metrics};
 
 /// A validated request in token ids: the only thing the engine understands.
 #[derive(Clone, Debug)]
@@ -37,6 +37,10 @@ pub struct GenerationRequest {
     pub logprobs: Option<usize>,
     /// Alternatives wanted with each prompt token's log-probability (echo); `None`: none.
     pub prompt_logprobs: Option<usize>,
+    /// Whether it may use and fill the prefix cache.
+    pub cache_prompt: bool,
+    /// For whom it is.
+    pub client: ClientId,
     /// When the request's time is up.
     pub deadline: Instant,
     /// Arrival, for queue-time metrics.

@@ -9,6 +9,7 @@ pub mod block_pool;
 pub mod executor;
 pub mod handle;
 mod pace;
+pub mod prefix_cache;
 pub mod scheduler;
 pub mod sequence;
 mod start;

@@ -7,7 +7,8 @@
 //! 2. When one needs a block and none is free, the newest running sequence gives its blocks up and goes back to the head of
 //!    the queue. What it had is computed again later, to the same bits, so nobody sees it. The oldest can take every
 //!    block, and one context fits, so something always moves.
-//! 3. Then waiting sequences, strictly in order of arrival, as long as budget, places and blocks last.
+//! 3. Then waiting sequences, strictly in order of arrival, as long as budget, places and blocks last. Each starts with the
+//!    blocks that hold its beginning already. Choices of one request wait until the first has computed their prompt.
 //!
 //! Running and waiting are both in order of arrival, and everything running is older than everything waiting.
 
@@ -17,8 +18,10 @@ use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
 use super::{
     block_pool::BlockPool,
+    prefix_cache::PrefixCache,
     sequence::{Sequence, SequenceId},
 };
+use crate::config::PrefixSharing;
 
 /// What the scheduler may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +34,8 @@ pub struct SchedulerLimits {
     pub num_blocks: usize,
     /// Sequences waiting beyond which [`Scheduler::has_room`] is false.
     pub max_waiting: usize,
+    /// Who finds whose prefixes.
+    pub prefix_sharing: PrefixSharing,
 }
 
 /// The sequences of the engine and the blocks they hold.
@@ -38,6 +43,7 @@ pub struct SchedulerLimits {
 pub struct Scheduler {
     limits: SchedulerLimits,
     blocks: BlockPool,
+    prefixes: PrefixCache,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     num_preemptions: u64,
@@ -63,7 +69,8 @@ impl Scheduler {
     /// Nothing running, nothing waiting, all blocks free.
     pub fn new(limits: SchedulerLimits) -> Self {
         let blocks = BlockPool::new(limits.num_blocks);
-        Self { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), num_preemptions: 0 }
+        let prefixes = PrefixCache::new(limits.prefix_sharing);
+        Self { limits, blocks, prefixes, waiting: VecDeque::new(), running: Vec::new(), num_preemptions: 0 }
     }
 
     /// Whether more sequences should be taken over from the submission channel.
@@ -120,7 +127,9 @@ impl Scheduler {
     pub fn advance(&mut self, id: SequenceId, num_tokens: usize, drawn: Option<TokenId>) -> &Sequence {
         let sequence =
             self.running.iter_mut().find(|sequence| sequence.id == id).expect("only running sequences compute");
+        let before = sequence.num_computed_tokens;
         sequence.num_computed_tokens += num_tokens;
+        self.prefixes.publish(&mut self.blocks, sequence, before);
         sequence.tokens.extend(drawn);
         sequence
     }
@@ -170,15 +179,23 @@ impl Scheduler {
     }
 
     /// Starts the oldest waiting sequence if there is a place and blocks for all its tokens, with one to spare for each
-    /// that runs, so that it is not preempted by the next step.
+    /// that runs, so that it is not preempted by the next step. Blocks that hold its start already are taken over.
     fn admit_next(&mut self) -> bool {
-        let Some(next) = self.waiting.front() else { return false };
         let num_running = self.running.len();
-        let growth = if num_running == 0 { 0 } else { num_running + 1 };
-        let has_blocks = self.blocks.num_free() >= blocks_of(next.tokens.len()) + growth;
-        if num_running >= self.limits.max_num_seqs || !has_blocks {
+        let Some(next) = self.waiting.front_mut() else { return false };
+        if num_running >= self.limits.max_num_seqs || waits_for_prompt(next, &self.running) {
             return false;
         }
+        let found = self.prefixes.find(&self.blocks, next);
+        let growth = if num_running == 0 { 0 } else { num_running + 1 };
+        let held = found.iter().filter(|block| self.blocks.is_used(**block)).count();
+        if self.blocks.num_available() < blocks_of(next.tokens.len()) - held + growth {
+            return false;
+        }
+        found.iter().for_each(|block| self.blocks.share(*block));
+        next.num_computed_tokens = found.len() * BLOCK_TOKENS;
+        next.cached_tokens.get_or_insert(next.num_computed_tokens);
+        next.block_table = found;
         self.running.extend(self.waiting.pop_front());
         self.cover_with_blocks(num_running)
     }
@@ -187,6 +204,12 @@ impl Scheduler {
         sequence.block_table.drain(..).rev().for_each(|block| self.blocks.release(block));
         sequence.num_computed_tokens = 0;
     }
+}
+
+/// Whether a choice that is about to compute its prompt soon need not: another choice of its request is at it.
+fn waits_for_prompt(next: &Sequence, running: &[Sequence]) -> bool {
+    let is_at_it = |other: &Sequence| other.first_choice() == next.first_choice() && !other.is_prompt_computed();
+    next.prompt_len() > BLOCK_TOKENS && !next.scores_prompt() && running.iter().any(is_at_it)
 }
 
 /// Blocks that hold `num_tokens` tokens.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bitnet_core::{BlockId, TokenId};
 
-use super::GenerationRequest;
+use super::{GenerationRequest, block_pool::BlockHash};
 
 /// Names a sequence for the life of the engine; ascending in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,13 +26,31 @@ pub struct Sequence {
     pub num_computed_tokens: usize,
     /// Blocks of positions `0..`, in order.
     pub block_table: Vec<BlockId>,
+    /// Names of the leading full blocks, as far as anybody asked for them.
+    pub block_names: Vec<BlockHash>,
+    /// Prompt tokens that needed no computing when the sequence was first started.
+    pub cached_tokens: Option<usize>,
 }
 
 impl Sequence {
     /// A sequence of which nothing is computed.
     pub fn new(id: SequenceId, request: Arc<GenerationRequest>, choice: u32) -> Self {
         let tokens = request.prompt.clone();
-        Self { id, request, choice, tokens, num_computed_tokens: 0, block_table: Vec::new() }
+        Self {
+            id,
+            request,
+            choice,
+            tokens,
+            num_computed_tokens: 0,
+            block_table: Vec::new(),
+            block_names: Vec::new(),
+            cached_tokens: None,
+        }
+    }
+
+    /// The first choice of the same request.
+    pub fn first_choice(&self) -> SequenceId {
+        SequenceId(self.id.0 - u64::from(self.choice))
     }
 
     /// Tokens of the prompt.
@@ -48,6 +66,12 @@ impl Sequence {
     /// Tokens that are known but not in the cache yet.
     pub fn num_tokens_to_compute(&self) -> usize {
         self.tokens.len() - self.num_computed_tokens
+    }
+
+    /// Whether log-probabilities of the prompt are still to be said, for which all of it has to be computed. A sequence that
+    /// was preempted after its first token has said them before.
+    pub fn scores_prompt(&self) -> bool {
+        self.request.prompt_logprobs.is_some() && self.generated().is_empty()
     }
 
     /// Whether the whole prompt is in the cache.

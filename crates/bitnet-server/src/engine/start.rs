@@ -24,7 +24,10 @@ use super::{
     sequence::{Sequence, SequenceId},
     thread::EngineLoop,
 };
-use crate::metrics::{MemoryKind, Metrics};
+use crate::{
+    config::{ClientId, PrefixSharing},
+    metrics::{MemoryKind, Metrics},
+};
 
 /// What the engine may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub struct EngineConfig {
     pub num_kv_blocks: usize,
     /// Type of the KV cache.
     pub kv_dtype: KvDtype,
+    /// Who finds whose prefixes.
+    pub prefix_sharing: PrefixSharing,
 }
 
 /// Starts engines.
@@ -184,6 +189,8 @@ fn warm_up(executor: &mut impl Executor) {
         stop_tokens: Arc::new([]),
         logprobs: None,
         prompt_logprobs: None,
+        cache_prompt: false,
+        client: ClientId::local(),
         deadline: now + Duration::from_secs(60),
         arrival: now,
     };

@@ -15,7 +15,10 @@ use super::{
     scheduler::{ScheduledBatch, Share},
     sequence::Sequence,
 };
-use crate::metrics::{Metrics, MetricsLimits};
+use crate::{
+    config::ClientId,
+    metrics::{Metrics, MetricsLimits},
+};
 
 /// A prompt that holds this token ends with [`EngineError::NotFinite`].
 pub(crate) const POISON: TokenId = TokenId(62);
@@ -31,8 +34,8 @@ type Choose = Box<dyn FnMut(&Sequence) -> TokenId + Send>;
 pub(crate) struct FakeExecutor {
     choose: Choose,
     max_batch_tokens: usize,
-    /// The token whose K and V each slot holds.
-    slots: Vec<Option<TokenId>>,
+    /// What each slot holds: K and V of a token depend on every token before it.
+    slots: Vec<Option<u64>>,
 }
 
 impl FakeExecutor {
@@ -55,7 +58,7 @@ impl FakeExecutor {
         let sequence = share.sequence;
         let end = sequence.num_computed_tokens + share.num_tokens;
         let cached: Vec<_> = (0..end).map(|position| self.slots[Self::slot(sequence, position)]).collect();
-        let known: Vec<_> = sequence.tokens[..end].iter().copied().map(Some).collect();
+        let known: Vec<_> = prefix_hashes(&sequence.tokens[..end]).map(Some).collect();
         assert_eq!(cached, known, "the cache does not hold this sequence");
         assert!(!sequence.request.prompt.contains(&PANIC), "the fake model panics");
         if sequence.request.prompt.contains(&POISON) {
@@ -83,8 +86,9 @@ impl Executor for FakeExecutor {
         assert!(num_tokens <= self.max_batch_tokens, "the step is over its budget");
         for Share { sequence, num_tokens } in &batch.shares {
             assert!(*num_tokens > 0);
-            for position in sequence.num_computed_tokens..sequence.num_computed_tokens + num_tokens {
-                self.slots[Self::slot(sequence, position)] = Some(sequence.tokens[position]);
+            let hashes = prefix_hashes(&sequence.tokens[..sequence.num_computed_tokens + num_tokens]);
+            for (position, hash) in hashes.enumerate().skip(sequence.num_computed_tokens) {
+                self.slots[Self::slot(sequence, position)] = Some(hash);
             }
         }
         batch.shares.iter().map(|share| self.compute(share)).collect()
@@ -102,7 +106,15 @@ pub(crate) fn score(tokens: &[TokenId]) -> TokenLogprobs {
 }
 
 fn hash(tokens: &[TokenId]) -> u64 {
-    tokens.iter().fold(7, |hash: u64, id| (hash ^ u64::from(id.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29))
+    prefix_hashes(tokens).last().unwrap_or(0)
+}
+
+/// A hash of each token and all before it.
+fn prefix_hashes(tokens: &[TokenId]) -> impl Iterator<Item = u64> {
+    tokens.iter().scan(7_u64, |hash, id| {
+        *hash = (*hash ^ u64::from(id.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        Some(*hash)
+    })
 }
 
 /// A request that takes any time.
@@ -117,6 +129,8 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         stop_tokens: Arc::new([]),
         logprobs: None,
         prompt_logprobs: None,
+        cache_prompt: true,
+        client: ClientId::local(),
         deadline: now + std::time::Duration::from_secs(3600),
         arrival: now,
     }

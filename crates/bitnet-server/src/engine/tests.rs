@@ -14,6 +14,7 @@ use super::{
     testing::{DRAWN_IDS, FakeExecutor, PANIC, POISON, hashed_token, metrics, request, score},
     thread::EngineLoop,
 };
+use crate::config::{ClientId, PrefixSharing};
 
 /// SplitMix64: the simulation's only source of chance.
 struct Chance(u64);
@@ -52,6 +53,19 @@ fn expected(request: &GenerationRequest, choice: u32, max_model_len: usize) -> V
     events
 }
 
+/// Takes out of `events` what depends on the neighbours, after a look at it: how much of the prompt was cached.
+fn take_cached_tokens(events: &mut [SequenceEvent], request: &GenerationRequest) -> usize {
+    let Some(SequenceEvent::PromptDone { cached_tokens, .. }) = events.first_mut() else { return 0 };
+    let cached = std::mem::take(cached_tokens);
+    assert!(cached < request.prompt.len() && cached.is_multiple_of(16), "whole blocks, and never the last token");
+    assert!(cached == 0 || request.prompt_logprobs.is_none(), "a prompt that is scored is computed");
+    cached
+}
+
+fn client(number: u8) -> ClientId {
+    ClientId::from_address([10, 0, 0, number].into())
+}
+
 struct Simulation {
     chance: Chance,
     config: EngineConfig,
@@ -74,6 +88,7 @@ impl Simulation {
             max_model_len: 2 + chance.below(num_kv_blocks * 16 - 1),
             num_kv_blocks,
             kv_dtype: KvDtype::F16,
+            prefix_sharing: [PrefixSharing::Off, PrefixSharing::PerClient, PrefixSharing::Everyone][chance.below(3)],
         };
         let shared = Arc::new(Shared::new(config.max_queue, config.max_model_len, metrics()));
         let (handle, commands) = EngineHandle::new(Arc::clone(&shared));
@@ -95,8 +110,11 @@ impl Simulation {
         let chance = &mut self.chance;
         let max_tokens = chance.below(self.config.max_model_len);
         let longest_prompt = (self.config.max_model_len - max_tokens.min(1)).min(self.longest_prompt);
-        let mut prompt: Vec<u32> =
-            (0..=chance.below(longest_prompt)).map(|_| chance.below(DRAWN_IDS as usize) as u32).collect();
+        // Half a prompt is one of two texts that many start with.
+        let (len, text) = (1 + chance.below(longest_prompt), chance.below(2) as u32);
+        let own = chance.below(len + 1);
+        let mut prompt: Vec<u32> = (0..len as u32).map(|at| (at * (7 + text)) % DRAWN_IDS).collect();
+        prompt[own..].fill_with(|| chance.below(DRAWN_IDS as usize) as u32);
         if chance.below(20) == 0 {
             prompt[0] = POISON.0;
         }
@@ -104,6 +122,8 @@ impl Simulation {
         let lifetime = if chance.below(10) == 0 { chance.below(20) as u64 } else { 1_000_000 };
         let mut request = request(&prompt, max_tokens);
         request.sampling.seed = chance.below(1000) as i64;
+        request.cache_prompt = chance.below(4) != 0;
+        request.client = client(chance.below(3) as u8);
         request.num_choices = 1 + chance.below(3) as u32;
         request.prompt_logprobs = (chance.below(3) == 0).then_some(0);
         request.stop_tokens = stop_tokens;
@@ -125,8 +145,9 @@ impl Simulation {
         let mut counts = vec![0; blocks.num_blocks()];
         let tables = scheduler.running().iter().flat_map(|sequence| &sequence.block_table);
         tables.for_each(|block: &BlockId| counts[block.index()] += 1);
-        assert_eq!(blocks.reference_counts(), counts, "each holder is a running sequence");
-        assert_eq!(blocks.num_free(), counts.iter().filter(|&&count| count == 0).count());
+        let used = counts.iter().filter(|&&count| count > 0).count();
+        assert!(blocks.reference_counts().eq(counts), "each holder is a running sequence");
+        assert_eq!(blocks.num_free() + used + blocks.num_cached(), self.config.num_kv_blocks);
         assert!(scheduler.waiting().all(|sequence| sequence.block_table.is_empty()));
         let ids: Vec<_> = scheduler.running().iter().chain(scheduler.waiting()).map(|sequence| sequence.id).collect();
         assert!(ids.is_sorted(), "what runs is older than what waits");
@@ -136,8 +157,8 @@ impl Simulation {
         assert!(self.handle.status().waiting <= self.config.max_queue);
     }
 
-    /// How often somebody was preempted.
-    fn run(mut self) -> u64 {
+    /// How often somebody was preempted, and how many tokens of prompts came from the cache.
+    fn run(mut self) -> (u64, usize) {
         for _ in 0..60 {
             while self.chance.below(3) == 0 {
                 self.arrive();
@@ -155,9 +176,13 @@ impl Simulation {
             self.turn();
             assert!(self.round < bound, "somebody starves");
         }
-        assert_eq!(self.engine.scheduler().blocks().num_free(), self.config.num_kv_blocks);
+        let blocks = self.engine.scheduler().blocks();
+        assert_eq!(blocks.num_available(), self.config.num_kv_blocks);
+        assert!(self.config.prefix_sharing != PrefixSharing::Off || blocks.num_cached() == 0, "off keeps nothing");
+        let mut cached = 0;
         for (request, choice, stream) in self.streams {
-            let (said, ended) = stream.said();
+            let (mut said, ended) = stream.said();
+            cached += take_cached_tokens(&mut said, &request);
             let whole = expected(&request, choice, self.config.max_model_len);
             assert!(ended, "nothing follows the terminal event");
             if said.last() == Some(&SequenceEvent::Failed(EngineError::Timeout)) {
@@ -166,18 +191,21 @@ impl Simulation {
                 assert_eq!(said, whole);
             }
         }
-        self.engine.scheduler().num_preemptions()
+        (self.engine.scheduler().num_preemptions(), cached)
     }
 }
 
 #[test]
 fn simulation_keeps_every_promise() {
-    let mut preemptions = 0;
-    for seed in 0..2000 {
+    let (mut preemptions, mut cached) = (0, 0);
+    for seed in 0..10_000 {
         let run = std::panic::catch_unwind(|| Simulation::new(seed).run());
-        preemptions += run.unwrap_or_else(|_| panic!("seed {seed}"));
+        let run = run.unwrap_or_else(|_| panic!("seed {seed}"));
+        preemptions += run.0;
+        cached += run.1;
     }
-    assert!(preemptions > 500, "{preemptions} preemptions prove little about recomputation");
+    assert!(preemptions > 2500, "{preemptions} preemptions prove little about recomputation");
+    assert!(cached > 50_000, "{cached} cached tokens prove little about the prefix cache");
 }
 
 fn config(max_num_seqs: usize, max_queue: usize) -> EngineConfig {
@@ -188,6 +216,7 @@ fn config(max_num_seqs: usize, max_queue: usize) -> EngineConfig {
         max_model_len: 64,
         num_kv_blocks: 16,
         kv_dtype: KvDtype::F16,
+        prefix_sharing: PrefixSharing::PerClient,
     }
 }
 

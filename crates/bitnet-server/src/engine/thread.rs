@@ -68,6 +68,7 @@ impl<E: Executor> EngineLoop<E> {
             max_num_batched_tokens: config.max_num_batched_tokens,
             num_blocks: config.num_kv_blocks,
             max_waiting: config.max_queue,
+            prefix_sharing: config.prefix_sharing,
         });
         Self {
             executor,
@@ -190,7 +191,7 @@ impl<E: Executor> EngineLoop<E> {
         let phase = phase_of(&batch.shares);
         for share in &batch.shares {
             if let Some(client) = self.clients.get_mut(&share.sequence.id) {
-                client.start(began, &self.metrics);
+                client.start(began, share.sequence, &self.metrics);
             }
         }
         let outputs = self.executor.execute(&batch);
@@ -244,7 +245,9 @@ impl<E: Executor> EngineLoop<E> {
         self.shared.retry_after_seconds.store(self.pace.retry_after_seconds(until_a_place), Ordering::Relaxed);
         self.shared.publish_waiting();
         self.metrics.set_running(running.len());
-        self.metrics.set_kv_blocks(blocks.num_free(), blocks.num_blocks() - blocks.num_free(), 0);
+        let used = blocks.num_blocks() - blocks.num_available();
+        self.metrics.set_kv_blocks(blocks.num_free(), used, blocks.num_cached());
+        self.metrics.set_preemptions(self.scheduler.num_preemptions());
         self.metrics.set_queued_prompt_tokens(self.scheduler.waiting().map(Sequence::prompt_len).sum());
     }
 
@@ -263,10 +266,13 @@ impl<E: Executor> EngineLoop<E> {
 }
 
 impl Client {
-    fn start(&mut self, now: Instant, metrics: &Metrics) {
+    fn start(&mut self, now: Instant, sequence: &Sequence, metrics: &Metrics) {
         self.place = None;
         if self.started.is_none() {
             self.started = Some(now);
+            if !sequence.scores_prompt() {
+                metrics.record_prefix_cache(sequence.prompt_len(), sequence.cached_tokens.unwrap_or(0));
+            }
             metrics.observe_queue(now.saturating_duration_since(self.request.arrival).as_secs_f64());
         }
     }
@@ -289,7 +295,10 @@ impl Client {
             let seconds = self.started.map_or(0.0, |started| (now - started).as_secs_f64());
             metrics.observe_prefill(seconds);
             let logprobs = wanted.then(|| std::mem::take(&mut self.prompt_logprobs));
-            say(&self.events, SequenceEvent::PromptDone { cached_tokens: 0, logprobs });
+            say(
+                &self.events,
+                SequenceEvent::PromptDone { cached_tokens: sequence.cached_tokens.unwrap_or(0), logprobs },
+            );
         }
     }
 }

@@ -58,9 +58,12 @@ pub(super) struct Families {
     pub(super) step_sequences: HistogramVec,
     pub(super) busy_seconds: Counter,
     pub(super) last_step: Gauge,
+    pub(super) preemptions: IntCounter,
     pub(super) kv_blocks: IntGaugeVec,
     pub(super) kv_usage: Gauge,
     pub(super) kv_config: IntGaugeVec,
+    pub(super) prefix_cache_queried: IntCounter,
+    pub(super) prefix_cache_hit: IntCounter,
     pub(super) response_cache_lookups: IntCounterVec,
     pub(super) response_cache_bytes: IntGauge,
     pub(super) response_cache_evictions: IntCounter,
@@ -165,6 +168,8 @@ impl Families {
             busy_seconds: model.float_counter("engine_busy_seconds_total", "Time spent in engine steps."),
             last_step: model
                 .float_gauge("engine_last_step_timestamp_seconds", "Unix time at which the last engine step ended."),
+            preemptions: model
+                .counter("preemptions_total", "Sequences that gave their KV blocks up and were computed again."),
             kv_blocks: model.gauges("kv_cache_blocks", "Blocks of the KV cache, by state.", &["state"]),
             kv_usage: model.float_gauge("kv_cache_usage_ratio", "Share of KV blocks held by live sequences, 0 to 1."),
             kv_config: model.gauges(
@@ -172,6 +177,10 @@ impl Families {
                 "Geometry of the KV cache.",
                 &["block_size", "num_blocks", "dtype"],
             ),
+            prefix_cache_queried: model
+                .counter("prefix_cache_queried_tokens_total", "Prompt tokens looked for in the prefix cache."),
+            prefix_cache_hit: model
+                .counter("prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."),
             response_cache_lookups: server.counters(
                 "response_cache_lookups_total",
                 "Looks into the response cache, by result.",

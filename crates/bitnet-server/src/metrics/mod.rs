@@ -187,6 +187,17 @@ impl Metrics {
         self.families.kv_usage.set(if capacity == 0 { 0.0 } else { used as f64 / capacity as f64 });
     }
 
+    /// A prompt was looked for in the prefix cache.
+    pub fn record_prefix_cache(&self, queried_tokens: usize, hit_tokens: usize) {
+        self.families.prefix_cache_queried.inc_by(queried_tokens as u64);
+        self.families.prefix_cache_hit.inc_by(hit_tokens as u64);
+    }
+
+    /// Preemptions since the start; only the engine says this.
+    pub fn set_preemptions(&self, total: u64) {
+        self.families.preemptions.inc_by(total.saturating_sub(self.families.preemptions.get()));
+    }
+
     /// Geometry of the KV cache.
     pub fn set_kv_cache_config(&self, block_tokens: usize, num_blocks: usize, dtype: &str) {
         let labels = [block_tokens.to_string(), num_blocks.to_string(), dtype.to_owned()];

@@ -1,9 +1,15 @@
-//! Answers of deterministic requests, kept by a 256-bit key until their bytes are needed for newer ones.
+//! Answers of deterministic requests, kept by a 256-bit key until they are old or their bytes are needed for newer ones, and
+//! [`JoinableAnswers`], those that are being made.
 //! What an answer is, and which requests are deterministic, the layer above knows.
+
+mod joinable;
+
+pub use joinable::JoinableAnswers;
 
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use lru::LruCache;
@@ -18,10 +24,11 @@ pub trait Weighted {
     fn weight_bytes(&self) -> usize;
 }
 
-/// A least-recently-used cache bounded by bytes; of size 0 it holds nothing. Shared by reference.
+/// A least-recently-used cache bounded by bytes and by the age of what it holds; of size 0 it holds nothing. Shared by reference.
 pub struct ResponseCache<V> {
     state: Mutex<State<V>>,
     max_bytes: usize,
+    time_to_live: Duration,
 }
 
 struct State<V> {
@@ -33,6 +40,7 @@ struct State<V> {
 struct Entry<V> {
     value: Arc<V>,
     bytes: usize,
+    since: Instant,
 }
 
 /// A 256-bit hash over everything that can change an answer.
@@ -47,10 +55,10 @@ pub struct CacheKeyBuilder {
 }
 
 impl<V: Weighted> ResponseCache<V> {
-    /// A cache of at most `max_bytes`.
-    pub fn new(max_bytes: usize) -> Self {
+    /// A cache of at most `max_bytes` that gives nothing out after `time_to_live`.
+    pub fn new(max_bytes: usize, time_to_live: Duration) -> Self {
         let state = State { entries: LruCache::unbounded(), bytes: 0, evictions: 0 };
-        Self { state: Mutex::new(state), max_bytes }
+        Self { state: Mutex::new(state), max_bytes, time_to_live }
     }
 
     /// Whether it can hold anything.
@@ -59,18 +67,24 @@ impl<V: Weighted> ResponseCache<V> {
     }
 
     /// The answer for `key`, now the most recently used.
-    pub fn get(&self, key: &CacheKey) -> Option<Arc<V>> {
-        self.locked().entries.get(key).map(|entry| Arc::clone(&entry.value))
+    pub fn get(&self, key: &CacheKey, now: Instant) -> Option<Arc<V>> {
+        let mut state = self.locked();
+        let entry = state.entries.get(key)?;
+        if now.saturating_duration_since(entry.since) < self.time_to_live {
+            return Some(Arc::clone(&entry.value));
+        }
+        state.bytes -= state.entries.pop(key).map_or(0, |old| old.bytes);
+        None
     }
 
     /// Keeps `value`, dropping the least recently used ones until it fits; a value larger than the cache is not kept.
-    pub fn insert(&self, key: CacheKey, value: Arc<V>) {
+    pub fn insert(&self, key: CacheKey, value: Arc<V>, now: Instant) {
         let bytes = value.weight_bytes().saturating_add(ENTRY_BYTES);
         if bytes > self.max_bytes {
             return;
         }
         let mut state = self.locked();
-        if let Some(replaced) = state.entries.put(key, Entry { value, bytes }) {
+        if let Some(replaced) = state.entries.put(key, Entry { value, bytes, since: now }) {
             state.bytes -= replaced.bytes;
         }
         state.bytes += bytes;
@@ -141,6 +155,8 @@ impl fmt::Debug for CacheKeyBuilder {
 mod tests {
     use super::*;
 
+    const HOUR: Duration = Duration::from_secs(3600);
+
     #[derive(Debug, PartialEq)]
     struct Blob(usize);
 
@@ -156,35 +172,50 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_go_first_and_bytes_stay_within() {
-        let cache = ResponseCache::new(3 * (ENTRY_BYTES + 100));
+        let now = Instant::now();
+        let cache = ResponseCache::new(3 * (ENTRY_BYTES + 100), HOUR);
         for number in 0..3 {
-            cache.insert(key(number), Arc::new(Blob(100)));
+            cache.insert(key(number), Arc::new(Blob(100)), now);
         }
-        assert_eq!(cache.get(&key(0)).as_deref(), Some(&Blob(100)));
-        cache.insert(key(3), Arc::new(Blob(100)));
-        assert_eq!((cache.get(&key(1)), cache.evictions()), (None, 1));
-        assert!(cache.get(&key(0)).is_some() && cache.get(&key(2)).is_some() && cache.get(&key(3)).is_some());
-        cache.insert(key(4), Arc::new(Blob(200)));
+        assert_eq!(cache.get(&key(0), now).as_deref(), Some(&Blob(100)));
+        cache.insert(key(3), Arc::new(Blob(100)), now);
+        assert_eq!((cache.get(&key(1), now), cache.evictions()), (None, 1));
+        assert!(
+            cache.get(&key(0), now).is_some() && cache.get(&key(2), now).is_some() && cache.get(&key(3), now).is_some()
+        );
+        cache.insert(key(4), Arc::new(Blob(200)), now);
         assert_eq!((cache.bytes(), cache.evictions()), (2 * ENTRY_BYTES + 300, 3));
     }
 
     #[test]
+    fn what_is_old_is_gone() {
+        let cache = ResponseCache::new(10_000, HOUR);
+        let start = Instant::now();
+        cache.insert(key(1), Arc::new(Blob(100)), start);
+        assert!(cache.get(&key(1), start + HOUR - Duration::from_secs(1)).is_some());
+        assert!(cache.get(&key(1), start + HOUR).is_none());
+        assert_eq!((cache.bytes(), cache.evictions()), (0, 0));
+    }
+
+    #[test]
     fn replacing_counts_the_new_bytes_only() {
-        let cache = ResponseCache::new(10_000);
-        cache.insert(key(1), Arc::new(Blob(100)));
-        cache.insert(key(1), Arc::new(Blob(50)));
+        let now = Instant::now();
+        let cache = ResponseCache::new(10_000, HOUR);
+        cache.insert(key(1), Arc::new(Blob(100)), now);
+        cache.insert(key(1), Arc::new(Blob(50)), now);
         assert_eq!((cache.bytes(), cache.evictions()), (ENTRY_BYTES + 50, 0));
     }
 
     #[test]
     fn a_value_larger_than_the_cache_drops_nothing_and_size_zero_is_off() {
-        let cache = ResponseCache::new(1000);
-        cache.insert(key(1), Arc::new(Blob(100)));
-        cache.insert(key(2), Arc::new(Blob(5000)));
-        assert!(cache.get(&key(1)).is_some() && cache.get(&key(2)).is_none());
-        let off = ResponseCache::new(0);
-        off.insert(key(1), Arc::new(Blob(0)));
-        assert!(!off.is_enabled() && off.get(&key(1)).is_none());
+        let now = Instant::now();
+        let cache = ResponseCache::new(1000, HOUR);
+        cache.insert(key(1), Arc::new(Blob(100)), now);
+        cache.insert(key(2), Arc::new(Blob(5000)), now);
+        assert!(cache.get(&key(1), now).is_some() && cache.get(&key(2), now).is_none());
+        let off = ResponseCache::new(0, HOUR);
+        off.insert(key(1), Arc::new(Blob(0)), now);
+        assert!(!off.is_enabled() && off.get(&key(1), now).is_none());
     }
 
     #[test]

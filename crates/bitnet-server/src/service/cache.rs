@@ -1,10 +1,14 @@
 //! What the response cache holds and for whom: the engine's events of a deterministic request, replayed later through the
-//! same stages as live ones, so that stop strings, filter and wire format cannot differ.
+//! same stages as live ones, so that stop strings, filter and wire format cannot differ; and the stream of such a request,
+//! read by all who asked the same meanwhile.
 
-use std::sync::Arc;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
 use crate::{
-    engine::{GenerationRequest, SequenceEvent},
+    engine::{GenerationRequest, SequenceEvent, SequenceStream},
     limits::ClientId,
     metrics::Metrics,
     output::StopStrings,
@@ -64,8 +68,41 @@ impl Recorder {
     }
 
     pub(super) fn keep(self) {
-        self.cache.insert(self.key, Arc::new(CachedAnswer(self.choices)));
+        self.cache.insert(self.key, Arc::new(CachedAnswer(self.choices)), Instant::now());
         self.metrics.set_response_cache(self.cache.bytes(), self.cache.evictions());
+    }
+}
+
+/// One choice of a running answer, for any number of readers. When the last of them is gone the sequence is cancelled.
+#[derive(Debug)]
+pub(super) struct SharedStream {
+    /// What was said so far; never more than the request may get.
+    said: Mutex<Vec<SequenceEvent>>,
+    /// Whoever holds it brings the next event for all.
+    stream: tokio::sync::Mutex<SequenceStream>,
+}
+
+impl SharedStream {
+    pub(super) fn new(stream: SequenceStream) -> Arc<Self> {
+        Arc::new(Self { said: Mutex::default(), stream: tokio::sync::Mutex::new(stream) })
+    }
+
+    /// Event number `index`; the earlier ones have been read. Cancel-safe.
+    pub(super) async fn event(&self, index: usize) -> SequenceEvent {
+        if let Some(event) = self.said(index) {
+            return event;
+        }
+        let mut stream = self.stream.lock().await;
+        if let Some(event) = self.said(index) {
+            return event;
+        }
+        let event = stream.next().await;
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).push(event.clone());
+        event
+    }
+
+    fn said(&self, index: usize) -> Option<SequenceEvent> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).get(index).cloned()
     }
 }
 
@@ -117,4 +154,48 @@ pub(super) fn cache_key(
             .numbers("stop tokens", request.stop_tokens.iter().map(|id| u64::from(id.0)));
     }
     key.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use bitnet_core::kv_cache::KvDtype;
+
+    use super::*;
+    use crate::{
+        config::PrefixSharing,
+        engine::{
+            Engine, EngineConfig,
+            testing::{FakeExecutor, metrics, request},
+        },
+    };
+
+    #[tokio::test]
+    async fn whoever_came_first_may_leave_and_everybody_reads_the_same() {
+        let config = EngineConfig {
+            max_num_seqs: 1,
+            max_num_batched_tokens: 16,
+            max_queue: 1,
+            max_model_len: 64,
+            num_kv_blocks: 4,
+            kv_dtype: KvDtype::F16,
+            prefix_sharing: PrefixSharing::Off,
+        };
+        let (engine, _thread) = Engine::start_with(FakeExecutor::new(&config), &config, metrics()).unwrap();
+        let mut streams = engine.reserve().unwrap().submit(request(&[1, 2], 20)).unwrap();
+        let leader = SharedStream::new(streams.remove(0));
+        let readers = [Arc::clone(&leader), Arc::clone(&leader)];
+        let first = leader.event(0).await;
+        assert!(matches!(first, SequenceEvent::PromptDone { .. }));
+        drop(leader);
+        let read = async |stream: &SharedStream| {
+            let mut events = Vec::new();
+            while !matches!(events.last(), Some(SequenceEvent::Finished(_))) {
+                events.push(stream.event(events.len()).await);
+            }
+            events
+        };
+        let (one, other) = tokio::join!(read(&readers[0]), read(&readers[1]));
+        assert_eq!((one.len(), &one[0]), (22, &first));
+        assert_eq!(one, other);
+    }
 }

@@ -7,7 +7,7 @@ use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 
 use super::{
     ServiceError,
-    cache::{CachedAnswer, Recorder},
+    cache::{CachedAnswer, Recorder, SharedStream},
     choice::{Choice, Delta},
     meter::Meter,
 };
@@ -63,6 +63,8 @@ pub struct Generation {
 pub(super) enum Source {
     /// The engine; dropping it cancels the sequence.
     Live(SequenceStream),
+    /// The engine, read by others too; the number of the next event.
+    Shared(Arc<SharedStream>, usize),
     /// The response cache.
     Replay(VecDeque<SequenceEvent>),
 }
@@ -71,6 +73,11 @@ impl Source {
     async fn next(mut self, choice: usize) -> (usize, SequenceEvent, Self) {
         let event = match &mut self {
             Self::Live(stream) => stream.next().await,
+            Self::Shared(stream, index) => {
+                let event = stream.event(*index).await;
+                *index += 1;
+                event
+            }
             // A cached answer holds everything up to the event that ended its choice.
             Self::Replay(events) => {
                 events.pop_front().unwrap_or(SequenceEvent::Failed(crate::engine::EngineError::Stopped))

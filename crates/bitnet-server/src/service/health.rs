@@ -11,6 +11,7 @@ use tokio::sync::Mutex;
 
 use super::{Service, unix_seconds};
 use crate::{
+    config::ClientId,
     engine::{GenerationRequest, SequenceEvent, SubmitError},
     metrics::HealthResult,
 };
@@ -147,6 +148,8 @@ impl Service {
             stop_tokens: Arc::new([]),
             logprobs: None,
             prompt_logprobs: None,
+            cache_prompt: false,
+            client: ClientId::local(),
             deadline: arrival + PATIENCE,
             arrival,
         })?;

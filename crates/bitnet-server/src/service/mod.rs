@@ -38,16 +38,16 @@ use std::{
 use bitnet_core::{TokenId, Tokenizer};
 
 use crate::{
-    engine::{EngineHandle, GenerationRequest, SubmitPermit},
+    engine::{EngineHandle, GenerationRequest, SequenceStream, SubmitPermit},
     filter::ContentFilter,
     limits::ClientId,
     metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
     openai::{ChatCompletionRequest, CompletionRequest},
     prompt::{ChatOptions, ChatPrompter},
-    response_cache::ResponseCache,
+    response_cache::{CacheKey, JoinableAnswers, ResponseCache},
 };
 use answer::Identity;
-use cache::{CachedAnswer, Recorder, cache_key};
+use cache::{CachedAnswer, Recorder, SharedStream, cache_key};
 use choice::Choice;
 use generation::{Source, replay};
 use meter::Meter;
@@ -85,10 +85,14 @@ pub struct Service {
     rules: RequestRules,
     filter: Option<ContentFilter>,
     cache: Arc<ResponseCache<CachedAnswer>>,
+    joinable: JoinableAnswers<SharedStream>,
     request_timeout: Duration,
     metrics: Arc<Metrics>,
     probe: health::Probe,
 }
+
+/// How long an answer stays in the response cache.
+const ANSWERS_KEPT_FOR: Duration = Duration::from_secs(3600);
 
 /// Who asks, and since when.
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +113,8 @@ impl Service {
             stop_tokens: parts.stop_tokens.into(),
             rules: parts.rules,
             filter: parts.filter,
-            cache: Arc::new(ResponseCache::new(parts.response_cache_bytes)),
+            cache: Arc::new(ResponseCache::new(parts.response_cache_bytes, ANSWERS_KEPT_FOR)),
+            joinable: JoinableAnswers::new(),
             request_timeout: parts.request_timeout,
             metrics: parts.metrics,
             probe: health::Probe::new(),
@@ -128,7 +133,7 @@ impl Service {
         let messages = self.screened_messages(request.messages)?;
         let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &ChatOptions::default());
         let prompt = self.with_prompter(encode, "messages").await?;
-        let requests = vec![self.fit("messages", prompt, &settings, None, caller.arrival)?];
+        let requests = vec![self.fit("messages", prompt, &settings, None, caller)?];
         let generation = self.start(places, requests, &settings, false, caller)?;
         let identity = Identity::new("chatcmpl", &self.card);
         Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
@@ -145,7 +150,7 @@ impl Service {
         let prompts = self.text_prompts(prompt).await?;
         let prompt_logprobs = settings.logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
-            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller.arrival)
+            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller)
         };
         let requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
         let generation = self.start(places, requests, &settings, true, caller)?;
@@ -170,7 +175,7 @@ impl Service {
         prompt: Vec<TokenId>,
         settings: &Settings,
         prompt_logprobs: Option<usize>,
-        arrival: Instant,
+        caller: Caller,
     ) -> Result<GenerationRequest, ServiceError> {
         let (context, len) = (self.card.max_model_len, prompt.len());
         if prompt.is_empty() {
@@ -198,12 +203,14 @@ impl Service {
             stop_tokens: if settings.ignore_eos { Arc::new([]) } else { Arc::clone(&self.stop_tokens) },
             logprobs: settings.logprobs,
             prompt_logprobs,
-            deadline: arrival + self.request_timeout,
-            arrival,
+            cache_prompt: settings.cache_prompt,
+            client: caller.client,
+            deadline: caller.arrival + self.request_timeout,
+            arrival: caller.arrival,
         })
     }
 
-    /// Submits `requests`, or replays what they got before. `continues`: the text goes on from the prompt's.
+    /// Submits `requests`, reads along where the same ones run, or replays what they got before. `continues`: the text goes on from the prompt's.
     fn start(
         &self,
         places: Vec<SubmitPermit>,
@@ -227,32 +234,49 @@ impl Service {
 
         let key = (settings.deterministic && settings.cache_prompt && self.cache.is_enabled())
             .then(|| cache_key(&self.card.fingerprint, &caller.client, &requests, &settings.stop));
-        let cached = key.as_ref().and_then(|key| self.cache.get(key));
-        self.metrics.record_response_cache(match (&key, &cached) {
-            (None, _) => CacheResult::Bypass,
-            (Some(_), None) => CacheResult::Miss,
-            (Some(_), Some(_)) => CacheResult::Hit,
-        });
-        let (sources, recorder) = match &cached {
-            Some(answer) => (replay(answer), None),
-            None => {
-                let recorder =
-                    |key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices);
-                (self.submit(places, requests)?, key.map(recorder))
+        let cached = key.as_ref().and_then(|key| self.cache.get(key, Instant::now()));
+        let (sources, live, result) = match (&cached, key) {
+            (Some(answer), _) => (replay(answer), false, CacheResult::Hit),
+            (None, Some(key)) => {
+                let (sources, joined) = self.join_or_submit(key, places, requests)?;
+                (sources, !joined, if joined { CacheResult::Hit } else { CacheResult::Miss })
+            }
+            (None, None) => {
+                (self.submit(places, requests)?.into_iter().map(Source::Live).collect(), true, CacheResult::Bypass)
             }
         };
-        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, cached.is_none());
+        self.metrics.record_response_cache(result);
+        let recorder = key
+            .filter(|_| cached.is_none())
+            .map(|key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices));
+        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, live);
         let choices = stages.into_iter().zip(sources).collect();
         Ok(Generation::new(prompts, choices, meter, recorder, self.on_match()))
     }
 
-    fn submit(&self, places: Vec<SubmitPermit>, requests: Vec<GenerationRequest>) -> Result<Vec<Source>, ServiceError> {
-        let mut sources = Vec::new();
+    /// Reads along when the same answer is under way, and `true`; else starts it.
+    fn join_or_submit(
+        &self,
+        key: CacheKey,
+        places: Vec<SubmitPermit>,
+        requests: Vec<GenerationRequest>,
+    ) -> Result<(Vec<Source>, bool), ServiceError> {
+        let start =
+            || self.submit(places, requests).map(|streams| streams.into_iter().map(SharedStream::new).collect());
+        let (streams, joined) = self.joinable.join_or_start(key, start)?;
+        Ok((streams.into_iter().map(|stream| Source::Shared(stream, 0)).collect(), joined))
+    }
+
+    fn submit(
+        &self,
+        places: Vec<SubmitPermit>,
+        requests: Vec<GenerationRequest>,
+    ) -> Result<Vec<SequenceStream>, ServiceError> {
+        let mut streams = Vec::new();
         for (place, request) in places.into_iter().zip(requests) {
-            let streams = place.submit(request).map_err(|error| ServiceError::refused(error, 1))?;
-            sources.extend(streams.into_iter().map(Source::Live));
+            streams.extend(place.submit(request).map_err(|error| ServiceError::refused(error, 1))?);
         }
-        Ok(sources)
+        Ok(streams)
     }
 
     /// What is recorded when a rule matches generated text.

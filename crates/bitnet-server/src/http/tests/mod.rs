@@ -23,7 +23,7 @@ use tower::ServiceExt;
 
 use super::{HttpState, router};
 use crate::{
-    config::{FilterRules, RawConfig, ServerConfig},
+    config::{FilterRules, PrefixSharing, RawConfig, ServerConfig},
     engine::{
         Engine, EngineConfig, EngineError, EngineThread, TokenEvent,
         executor::{Executor, StepOutput},
@@ -122,6 +122,7 @@ impl Setup {
             max_model_len: CONTEXT,
             num_kv_blocks: 64,
             kv_dtype: KvDtype::F32,
+            prefix_sharing: PrefixSharing::PerClient,
         };
         let metrics = Arc::clone(&fixture.state.metrics);
         let (engine, thread) = Engine::start_with(Script(script), &engine_config, Arc::clone(&metrics)).unwrap();

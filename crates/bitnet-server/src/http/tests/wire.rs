@@ -20,7 +20,7 @@ fn settled(mut value: Value) -> Value {
 #[tokio::test]
 async fn a_whole_chat_answer() {
     let server = Setup::saying("Hé!").start();
-    for path in ["/v1/chat/completions", "/chat/completions"] {
+    for (path, cached_tokens) in [("/v1/chat/completions", 0), ("/chat/completions", 16)] {
         let reply = server.post(path, format!("{HELLO}}}")).await;
         assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
         let expected = json!({
@@ -34,7 +34,7 @@ async fn a_whole_chat_answer() {
             // BOS, "user: hi", the end of turn, "assistant: "; four bytes and the end of turn.
             "usage": {
                 "prompt_tokens": 21, "completion_tokens": 5, "total_tokens": 26,
-                "prompt_tokens_details": {"cached_tokens": 0},
+                "prompt_tokens_details": {"cached_tokens": cached_tokens},
                 "completion_tokens_details": {
                     "reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0
                 },
@@ -258,4 +258,18 @@ async fn the_response_cache_replays_and_renames() {
     assert!(hits(server.get("/metrics").await.text()).ends_with(" 1"));
     server.post("/v1/completions", r#"{"prompt":"q","temperature":0,"logprobs":2,"cache_prompt":false}"#).await;
     assert!(hits(server.get("/metrics").await.text()).ends_with(" 1"));
+}
+
+#[tokio::test]
+async fn a_retry_joins_the_running_answer() {
+    let server = Setup::saying("a long enough answer to be joined").start();
+    let body = r#"{"prompt":"q","seed":1,"max_tokens":200}"#;
+    let answers = futures_util::future::join_all((0..4).map(|_| server.post("/v1/completions", body))).await;
+    let ids: std::collections::HashSet<_> = answers.iter().map(|reply| reply.json()["id"].to_string()).collect();
+    assert_eq!(ids.len(), 4, "each has an id of its own");
+    let answers: Vec<_> = answers.into_iter().map(|reply| settled(reply.json())).collect();
+    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    let metrics = server.get("/metrics").await.text();
+    let steps = metrics.lines().find(|line| line.starts_with("bitnet_prefix_cache_queried_tokens_total")).unwrap();
+    assert!(steps.ends_with(" 2"), "one prompt of two tokens reached the engine: {steps}");
 }
