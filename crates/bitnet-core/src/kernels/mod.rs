@@ -5,6 +5,7 @@
 //! the same bits: the products are exact integers, and the epilogue is the same for all.
 
 mod isa;
+pub mod limits;
 pub mod math;
 pub mod packing;
 mod scalar;
@@ -47,6 +48,10 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// # Panics
     /// When the shapes do not agree or the layout is none of this kernel's.
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
+
+    /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
+    /// and returns the multiply-accumulates done: the speed no product can pass.
+    fn multiply_registers(&self, rounds: u32) -> u64;
 }
 
 /// Every kernel this CPU can run, `scalar` first, the fastest last.
@@ -109,6 +114,19 @@ fn detect() -> Vec<&'static dyn TernaryKernel> {
 #[inline(always)]
 fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
     sum as f32 / s * scale
+}
+
+/// Asks for the cache line at `address`, which need not be valid, to come into the second-level cache.
+#[inline(always)]
+#[allow(unsafe_code)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching has no effect a program can observe, whatever the address; SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// What every kernel's pointer arithmetic relies on, checked once per product.

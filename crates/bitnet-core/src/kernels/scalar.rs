@@ -35,13 +35,28 @@ impl TernaryKernel for Scalar {
             for row in 0..ROW_TILE.min(w.rows() - panel_index * ROW_TILE) {
                 for token in 0..x.num_tokens() {
                     let codes = &x.codes(token)[..w.cols()];
-                    let sum: i32 =
-                        codes.iter().enumerate().map(|(col, &code)| weight(w.layout(), panel, row, col) * i32::from(code)).sum();
+                    let sum: i32 = codes
+                        .iter()
+                        .enumerate()
+                        .map(|(col, &code)| weight(w.layout(), panel, row, col) * i32::from(code))
+                        .sum();
                     out.row_mut(token)[panel_index * ROW_TILE + row] =
                         super::epilogue(sum, x.scales()[token], w.scale());
                 }
             }
         }
+    }
+
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        let mut sums = [0_i32; 16];
+        for round in 0..rounds {
+            let code = std::hint::black_box(round as i8);
+            for (lane, sum) in (0..).zip(&mut sums) {
+                *sum = sum.wrapping_add(i32::from(code) * lane);
+            }
+        }
+        std::hint::black_box(sums);
+        u64::from(rounds) * sums.len() as u64
     }
 }
 

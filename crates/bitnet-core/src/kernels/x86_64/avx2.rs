@@ -4,10 +4,13 @@
 //! 512, and after [`FLUSH_TILES`] tiles, 4 pairs each, a lane holds at most 60 * 512 = 30,720 < 32,768.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::{
-    __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+use std::arch::{
+    asm,
+    x86_64::{
+        __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256,
+        _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+        _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+    },
 };
 
 use super::{PREFETCH_BYTES, PanelSums, Steps, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
@@ -60,6 +63,11 @@ impl TernaryKernel for Avx2 {
         unsafe { gemv(w, x, out) }
     }
 
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        // SAFETY: as in `gemv`.
+        unsafe { multiply_registers(rounds) }
+    }
+
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
         check_gemm(self, w, x, out);
         // SAFETY: as above.
@@ -81,6 +89,7 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     let steps = Steps {
         block: BLOCK,
+        unpacked_block: BLOCK,
         unpack_from: UNPACK_FROM,
         multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
@@ -245,4 +254,28 @@ fn store_bytes(quarters: [__m256i; 2], half: usize, out: &mut [u8; TILE_BYTES]) 
         _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
         _mm256_storeu_si256(out.as_mut_ptr().add(32).cast(), quarters[1]);
     }
+}
+
+/// A product and the addition of its pairs: what a multiply-accumulate takes at least without VNNI. In assembly, for a
+/// compiler would see that every product is the same.
+#[target_feature(enable = "avx2")]
+fn multiply_registers(rounds: u32) -> u64 {
+    const NUM_SUMS: usize = 12;
+    let mut sums = [_mm256_setzero_si256(); NUM_SUMS];
+    let (weights, x) = (_mm256_set1_epi8(1), _mm256_set1_epi8(1));
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            // SAFETY: arithmetic on registers alone.
+            unsafe {
+                asm!(
+                    "vpmaddubsw {pairs}, {weights}, {x}",
+                    "vpaddw {sum}, {sum}, {pairs}",
+                    pairs = out(ymm_reg) _, weights = in(ymm_reg) weights, x = in(ymm_reg) x, sum = inout(ymm_reg) *sum,
+                    options(pure, nomem, nostack),
+                );
+            }
+        }
+    }
+    std::hint::black_box(sums);
+    u64::from(rounds) * (NUM_SUMS * 32) as u64
 }

@@ -7,13 +7,15 @@
 
 use std::arch::x86_64::{
     __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_maddubs_epi16,
-    _mm512_mask_shuffle_epi8, _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_srai_epi32, _mm512_srli_epi16,
+    _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_si512,
+    _mm512_shuffle_epi8, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_ternarylogic_epi32,
 };
 
 use super::{
     PanelSums, Steps,
-    avx512_vnni::{BLOCK, UNPACK_FROM, broadcast, load_tile, multiply_unpacked, store, store_bytes},
+    avx512_vnni::{
+        BLOCK, UNPACK_FROM, add_sets, broadcast, load_tile, multiply_unpacked, num_sets, store, store_bytes,
+    },
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -37,6 +39,7 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     let steps = Steps {
         block: BLOCK,
+        unpacked_block: BLOCK,
         unpack_from: UNPACK_FROM,
         multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
@@ -72,28 +75,31 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
     }))
 }
 
-/// For `N` tokens planes are shifted down, so that one pair of sums per token is enough.
+/// For `N` tokens planes are shifted down, so that they can share sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
     let decoder = Decoder::new();
-    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    let mask = _mm512_set1_epi8(3);
+    let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, tile) }.map(|half| decoder.planes(half));
+        let mut halves = unsafe { load_tile(panel, tile) }.map(|half| decoder.decode(half));
         for plane in 0..5 {
-            for (token, sums) in sums.iter_mut().enumerate() {
+            let weights = halves.map(|half| _mm512_and_si512(half[plane / 3], mask));
+            for half in &mut halves {
+                half[plane / 3] = _mm512_srli_epi16::<2>(half[plane / 3]);
+            }
+            for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
                 // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, (5 * tile + plane) * N + token) };
                 for half in 0..2 {
-                    sums[half] = _mm512_dpbusd_epi32(sums[half], halves[half][plane], x);
+                    sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
                 }
             }
         }
     }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        *out = store(sums);
-    }
+    add_sets(&sums, out);
 }
 
 /// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
@@ -117,7 +123,7 @@ struct Decoder {
     even_by_27: __m512i,
     odd_by_27: __m512i,
     even_by_9: __m512i,
-    high_to_low: __m512i,
+    high_bytes: __m512i,
     first_three: __m512i,
     last_two: __m512i,
 }
@@ -127,17 +133,13 @@ impl Decoder {
     #[inline]
     fn new() -> Self {
         // SAFETY: both tables have 64 bytes.
-        let [first_three, last_two] = unsafe {
-            [_mm512_loadu_si512(FIRST_THREE.as_ptr().cast()), _mm512_loadu_si512(LAST_TWO.as_ptr().cast())]
-        };
-        // Byte `2 i` of each 16 takes byte `2 i + 1`.
-        let next = std::array::from_fn::<u8, 64, _>(|byte| (byte % 16) as u8 | 1);
+        let [first_three, last_two] =
+            unsafe { [_mm512_loadu_si512(FIRST_THREE.as_ptr().cast()), _mm512_loadu_si512(LAST_TWO.as_ptr().cast())] };
         Self {
             even_by_27: _mm512_set1_epi16(27),
             odd_by_27: _mm512_set1_epi16(27 << 8),
             even_by_9: _mm512_set1_epi16(9),
-            // SAFETY: 64 bytes.
-            high_to_low: unsafe { _mm512_loadu_si512(next.as_ptr().cast()) },
+            high_bytes: _mm512_set1_epi16(0xff00_u16.cast_signed()),
             first_three,
             last_two,
         }
@@ -147,15 +149,23 @@ impl Decoder {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
     #[inline]
     fn decode(&self, bytes: __m512i) -> [__m512i; 2] {
-        const EVEN: u64 = 0x5555_5555_5555_5555;
         // 16-bit products: the digits above the point in the high byte, the fraction in the low one.
         let even = _mm512_maddubs_epi16(bytes, self.even_by_27);
         let odd = _mm512_maddubs_epi16(bytes, self.odd_by_27);
-        let first_three = _mm512_mask_shuffle_epi8(odd, EVEN, even, self.high_to_low);
+        let first_three = self.merge_high_bytes(even, odd);
         let even = _mm512_maddubs_epi16(even, self.even_by_9);
         let odd = _mm512_maddubs_epi16(odd, self.even_by_9);
-        let last_two = _mm512_mask_shuffle_epi8(odd, EVEN, even, self.high_to_low);
+        let last_two = self.merge_high_bytes(even, odd);
         [_mm512_permutexvar_epi8(first_three, self.first_three), _mm512_shuffle_epi8(self.last_two, last_two)]
+    }
+
+    /// The high bytes of `even` in the low bytes, those of `odd` where they are.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+    #[inline]
+    fn merge_high_bytes(&self, even: __m512i, odd: __m512i) -> __m512i {
+        // Bits of the first operand where the mask has ones, else of the second.
+        const SELECT: i32 = 0xca;
+        _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even))
     }
 
     /// The codes of each plane, one a byte.

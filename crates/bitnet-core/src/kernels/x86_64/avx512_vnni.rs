@@ -10,9 +10,7 @@ use std::arch::x86_64::{
     _mm512_storeu_si512,
 };
 
-use super::{
-    PREFETCH_BYTES, PanelSums, Steps, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
-};
+use super::{PREFETCH_BYTES, PanelSums, Steps, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv,
@@ -69,6 +67,11 @@ impl TernaryKernel for Avx512Vnni {
         }
     }
 
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        // SAFETY: as in `gemv`.
+        unsafe { multiply_registers(rounds) }
+    }
+
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
         check_gemm(self, w, x, out);
         match w.layout() {
@@ -89,6 +92,7 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     let steps = Steps {
         block: BLOCK,
+        unpacked_block: BLOCK,
         unpack_from: UNPACK_FROM,
         multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
@@ -130,20 +134,20 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
     }))
 }
 
-/// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that one pair of sums per token is enough, and the
-/// unpacking is shared by all tokens.
+/// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that they can share sums, of which there are as many
+/// sets as registers allow; the unpacking is shared by all tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm512_set1_epi8(3);
-    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
         let mut halves = unsafe { load_tile(panel, tile) };
         for plane in 0..4 {
             let weights = halves.map(|half| _mm512_and_si512(half, mask));
             halves = halves.map(|half| _mm512_srli_epi16::<2>(half));
-            for (token, sums) in sums.iter_mut().enumerate() {
+            for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
                 // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                 for half in 0..2 {
@@ -152,9 +156,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
             }
         }
     }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        *out = store(sums);
-    }
+    add_sets(&sums, out);
 }
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
@@ -248,6 +250,27 @@ pub(super) fn store_bytes(halves: [__m512i; 2], out: &mut [u8; TILE_BYTES]) {
     }
 }
 
+/// Sets of 2 x `n` sums that stay in registers: too few independent sums would wait for each other.
+pub(super) const fn num_sets(n: usize) -> usize {
+    match n {
+        0..=3 => 4,
+        4..=6 => 2,
+        _ => 1,
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+pub(super) fn add_sets<const N: usize>(sets: &[[[__m512i; 2]; N]; 4], out: &mut [PanelSums]) {
+    for (token, out) in out.iter_mut().enumerate() {
+        let sum = |half: usize| {
+            let pair = |set: usize| _mm512_add_epi32(sets[set][token][half], sets[set + 1][token][half]);
+            _mm512_add_epi32(pair(0), pair(2))
+        };
+        *out = store([sum(0), sum(1)]);
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 pub(super) fn store(halves: [__m512i; 2]) -> PanelSums {
@@ -258,4 +281,19 @@ pub(super) fn store(halves: [__m512i; 2]) -> PanelSums {
         _mm512_storeu_si512(sums.as_mut_ptr().add(16).cast(), halves[1]);
     }
     sums
+}
+
+/// 16 independent sums, more than the latency of the multiplication times its rate.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn multiply_registers(rounds: u32) -> u64 {
+    const NUM_SUMS: usize = 16;
+    let mut sums = [_mm512_setzero_si512(); NUM_SUMS];
+    let (weights, x) = (std::hint::black_box(_mm512_set1_epi8(1)), std::hint::black_box(_mm512_set1_epi8(1)));
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, weights, x);
+        }
+    }
+    std::hint::black_box(sums);
+    u64::from(rounds) * (NUM_SUMS * 64) as u64
 }

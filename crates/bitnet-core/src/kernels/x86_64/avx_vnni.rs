@@ -18,11 +18,14 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// Tokens multiplied at once: 2 x 6 accumulators leave four registers for weights, the mask and activations.
-const BLOCK: usize = 6;
+/// Packed panels: 2 x 4 accumulators, and registers for weights, those still packed, the mask and activations.
+const BLOCK: usize = 4;
+
+/// Unpacked panels: 2 x 6 accumulators leave four registers for weights and activations.
+const UNPACKED_BLOCK: usize = 6;
 
 /// From here on several blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 13;
+const UNPACK_FROM: usize = 9;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -56,6 +59,11 @@ impl TernaryKernel for AvxVnni {
         unsafe { gemv(w, x, out) }
     }
 
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        // SAFETY: as in `gemv`.
+        unsafe { multiply_registers(rounds) }
+    }
+
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
         check_gemm(self, w, x, out);
         // SAFETY: as above.
@@ -72,9 +80,10 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     let steps = Steps {
         block: BLOCK,
+        unpacked_block: UNPACKED_BLOCK,
         unpack_from: UNPACK_FROM,
         multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
         },
         unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
         multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
@@ -240,4 +249,19 @@ fn store_bytes(quarters: [__m256i; 2], half: usize, out: &mut [u8; TILE_BYTES]) 
         _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
         _mm256_storeu_si256(out.as_mut_ptr().add(32).cast(), quarters[1]);
     }
+}
+
+/// 12 independent sums, more than the latency of the multiplication times its rate.
+#[target_feature(enable = "avx2,avxvnni")]
+fn multiply_registers(rounds: u32) -> u64 {
+    const NUM_SUMS: usize = 12;
+    let mut sums = [_mm256_setzero_si256(); NUM_SUMS];
+    let (weights, x) = (std::hint::black_box(_mm256_set1_epi8(1)), std::hint::black_box(_mm256_set1_epi8(1)));
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_dpbusd_avx_epi32(*sum, weights, x);
+        }
+    }
+    std::hint::black_box(sums);
+    u64::from(rounds) * (NUM_SUMS * 32) as u64
 }

@@ -67,8 +67,10 @@ fn gemv_by_panels(
 
 /// What [`gemm_by_blocks`] needs of an instruction set.
 struct Steps<M, U, D> {
-    /// The most tokens of a block.
+    /// The most tokens of a block, packed panels.
     block: usize,
+    /// The most tokens of a block, unpacked panels.
+    unpacked_block: usize,
     /// From this many tokens on, panels are unpacked.
     unpack_from: usize,
     /// Sums of a packed panel, codes {0, 1, 2}.
@@ -96,10 +98,12 @@ fn gemm_by_blocks(
 ) {
     let cols = w.cols().next_multiple_of(w.layout().column_tile());
     let num_tokens = x.num_tokens();
-    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(steps.block).max(1)).max(1);
+    let unpack = num_tokens >= steps.unpack_from;
+    let most = if unpack { steps.unpacked_block } else { steps.block };
+    // Blocks of one size: a small one would not fill the registers.
+    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(most).max(1)).max(1);
     let mut scratch = SCRATCH.take();
     interleave(num_tokens, block_tokens, cols, |token| x.codes(token), &mut scratch.interleaved);
-    let unpack = num_tokens >= steps.unpack_from;
     if unpack {
         scratch.unpacked.resize(ROW_TILE * cols, 0);
     }
