@@ -13,7 +13,7 @@ use std::arch::{
     },
 };
 
-use super::{PREFETCH_BYTES, PanelSums, Steps, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv,
@@ -27,7 +27,7 @@ use crate::{
 const BLOCK: usize = 4;
 
 /// From here on several blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 9;
+const UNPACK_FROM: usize = 13;
 
 /// Tiles between two flushes; see the bound above.
 const FLUSH_TILES: usize = 15;
@@ -87,19 +87,16 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let steps = Steps {
-        block: BLOCK,
-        unpacked_block: BLOCK,
-        unpack_from: UNPACK_FROM,
-        multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+    if x.num_tokens() < UNPACK_FROM {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
-        },
-        unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
-        multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+        });
+    } else {
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4], unpacked_gemm::<N>(panel, block, sums));
-        },
-    };
-    gemm_by_blocks(w, x, out, steps);
+        });
+    }
 }
 
 /// ```text

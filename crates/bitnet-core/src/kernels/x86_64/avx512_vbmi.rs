@@ -7,15 +7,13 @@
 
 use std::arch::x86_64::{
     __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_maddubs_epi16,
-    _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_ternarylogic_epi32,
+    _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_si512, _mm512_shuffle_epi8,
+    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_ternarylogic_epi32,
 };
 
 use super::{
-    PanelSums, Steps,
-    avx512_vnni::{
-        BLOCK, UNPACK_FROM, add_sets, broadcast, load_tile, multiply_unpacked, num_sets, store, store_bytes,
-    },
+    PanelSums,
+    avx512_vnni::{BLOCK, add_sets, broadcast, load_tile, multiply_unpacked, num_sets, store, store_bytes},
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -23,6 +21,9 @@ use crate::{
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
 };
+
+/// From this many tokens on, two blocks share the work of unpacking a panel.
+const UNPACK_FROM: usize = BLOCK + 1;
 
 /// The first three codes of a byte, one in each pair of bits, by their value as a base-3 number.
 static FIRST_THREE: [u8; 64] = pairs_of_bits([9, 3, 1], 27);
@@ -37,17 +38,16 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let steps = Steps {
-        block: BLOCK,
-        unpacked_block: BLOCK,
-        unpack_from: UNPACK_FROM,
-        multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+    if x.num_tokens() < UNPACK_FROM {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
-        },
-        unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
-        multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| multiply_unpacked(panel, block, sums),
-    };
-    gemm_by_blocks(w, x, out, steps);
+        });
+    } else {
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
+            multiply_unpacked(panel, block, sums);
+        });
+    }
 }
 
 /// As the product of 2-bit weights: planes masked in place, each with sums of its own that are shifted once, at the end.

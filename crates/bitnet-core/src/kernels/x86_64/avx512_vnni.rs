@@ -10,7 +10,7 @@ use std::arch::x86_64::{
     _mm512_storeu_si512,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, Steps, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv,
@@ -22,9 +22,6 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 12 accumulators leave eight registers for weights, masks and activations.
 pub(super) const BLOCK: usize = 12;
-
-/// From here on three blocks share the work of unpacking a panel.
-pub(super) const UNPACK_FROM: usize = 25;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -90,17 +87,9 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let steps = Steps {
-        block: BLOCK,
-        unpacked_block: BLOCK,
-        unpack_from: UNPACK_FROM,
-        multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
-        },
-        unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
-        multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| multiply_unpacked(panel, block, sums),
-    };
-    gemm_by_blocks(w, x, out, steps);
+    gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
+        by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+    });
 }
 
 /// ```text
@@ -135,7 +124,8 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
 }
 
 /// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that they can share sums, of which there are as many
-/// sets as registers allow; the unpacking is shared by all tokens.
+/// sets as registers allow; the unpacking is shared by all tokens. It hides behind the multiplications, so that even for
+/// many tokens nothing is gained by unpacking once, which makes five times the bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
@@ -157,22 +147,6 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
         }
     }
     add_sets(&sums, out);
-}
-
-/// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
-    let mask = _mm512_set1_epi8(3);
-    let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
-    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
-    for (tile, unpacked) in tiles.iter_mut().enumerate() {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let mut halves = unsafe { load_tile(panel, tile) };
-        for step in unpacked.as_chunks_mut().0 {
-            store_bytes(halves.map(|half| _mm512_and_si512(half, mask)), step);
-            halves = halves.map(|half| _mm512_srli_epi16::<2>(half));
-        }
-    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -254,7 +228,7 @@ pub(super) fn store_bytes(halves: [__m512i; 2], out: &mut [u8; TILE_BYTES]) {
 pub(super) const fn num_sets(n: usize) -> usize {
     match n {
         0..=3 => 4,
-        4..=6 => 2,
+        4 => 2,
         _ => 1,
     }
 }

@@ -8,7 +8,7 @@ use std::arch::x86_64::{
     _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, Steps, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv,
@@ -25,7 +25,7 @@ const BLOCK: usize = 4;
 const UNPACKED_BLOCK: usize = 6;
 
 /// From here on several blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 9;
+const UNPACK_FROM: usize = 13;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -78,19 +78,16 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let steps = Steps {
-        block: BLOCK,
-        unpacked_block: UNPACKED_BLOCK,
-        unpack_from: UNPACK_FROM,
-        multiply: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+    if x.num_tokens() < UNPACK_FROM {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
-        },
-        unpack: |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked),
-        multiply_unpacked: |panel: &[u8], block: &[i8], sums: &mut [PanelSums]| {
+        });
+    } else {
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, block, sums));
-        },
-    };
-    gemm_by_blocks(w, x, out, steps);
+        });
+    }
 }
 
 /// Planes masked in place, each with sums of its own that are shifted once, at the end.
@@ -122,20 +119,20 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
     out
 }
 
-/// Planes shifted down, so that one pair of sums per token is enough.
+/// Planes shifted down, so that they can share sums: two sets where registers allow, or sums would wait for each other.
 #[target_feature(enable = "avx2,avxvnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm256_set1_epi8(3);
     for half in 0..2 {
-        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        let mut sums = [[[_mm256_setzero_si256(); 2]; N]; 2];
         for tile in 0..num_tiles {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
             let mut quarters = unsafe { load_half_tile(panel, tile, half) };
             for plane in 0..4 {
                 let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
-                for (token, sums) in sums.iter_mut().enumerate() {
+                for (token, sums) in sums[plane % const { if N <= 2 { 2 } else { 1 } }].iter_mut().enumerate() {
                     // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                     let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                     for quarter in 0..2 {
@@ -144,8 +141,9 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
                 }
             }
         }
-        for (out, sums) in out.iter_mut().zip(sums) {
-            store_half(sums, half, out);
+        for (token, out) in out.iter_mut().enumerate() {
+            let sum = |quarter: usize| _mm256_add_epi32(sums[0][token][quarter], sums[1][token][quarter]);
+            store_half([sum(0), sum(1)], half, out);
         }
     }
 }

@@ -22,11 +22,6 @@ pub(super) fn detect() -> impl Iterator<Item = &'static dyn TernaryKernel> {
 /// Sums of products of a panel's rows.
 type PanelSums = [i32; ROW_TILE];
 
-/// The sums of a block of tokens: `sum_block(panel, block, sums)` fills `sums.len()` of them from the codes interleaved in
-/// `block`: `[columns / 4, num_tokens, 4]`.
-trait SumBlock: Fn(&[u8], &[i8], &mut [PanelSums]) {}
-impl<F: Fn(&[u8], &[i8], &mut [PanelSums])> SumBlock for F {}
-
 /// Calls `$function::<N> $arguments` with the constant `N`, one of the list, that equals `$n`.
 macro_rules! by_tokens {
     ($n:expr, [$($count:literal)*], $function:ident::<N> $arguments:tt) => {
@@ -65,28 +60,15 @@ fn gemv_by_panels(
     }
 }
 
-/// What [`gemm_by_blocks`] needs of an instruction set.
-struct Steps<M, U, D> {
-    /// The most tokens of a block, packed panels.
-    block: usize,
-    /// The most tokens of a block, unpacked panels.
-    unpacked_block: usize,
-    /// From this many tokens on, panels are unpacked.
-    unpack_from: usize,
-    /// Sums of a packed panel, codes {0, 1, 2}.
-    multiply: M,
-    /// Writes a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
-    unpack: U,
-    /// Sums of an unpacked panel.
-    multiply_unpacked: D,
-}
+/// Writes a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
+type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8]);
 
-/// The product of many tokens.
+/// The product of many tokens, in blocks of at most `block`. With `unpack`, `multiply` gets unpacked panels.
 ///
 /// ```text
 /// interleave all tokens, once for all panels
 /// for panel of 32 rows:                     read from memory once
-///     unpack it, when there are many blocks to share the work
+///     unpack it, where there are blocks enough to share the work
 ///     for block of tokens:                  the panel stays in the first or second-level cache
 /// ```
 #[inline(always)]
@@ -94,32 +76,27 @@ fn gemm_by_blocks(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
     out: &mut ColumnsMut<'_>,
-    steps: Steps<impl SumBlock, impl Fn(&[u8], &mut [u8]), impl SumBlock>,
+    block: usize,
+    unpack: Option<Unpack<'_>>,
+    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(w.layout().column_tile());
-    let num_tokens = x.num_tokens();
-    let unpack = num_tokens >= steps.unpack_from;
-    let most = if unpack { steps.unpacked_block } else { steps.block };
     // Blocks of one size: a small one would not fill the registers.
-    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(most).max(1)).max(1);
+    let num_tokens = x.num_tokens();
+    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
     let mut scratch = SCRATCH.take();
     interleave(num_tokens, block_tokens, cols, |token| x.codes(token), &mut scratch.interleaved);
-    if unpack {
-        scratch.unpacked.resize(ROW_TILE * cols, 0);
-    }
+    scratch.unpacked.resize(ROW_TILE * cols, 0);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
-    for (panel_index, panel) in w.panels().enumerate() {
+    for (panel_index, mut panel) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
-        if unpack {
-            (steps.unpack)(panel, &mut scratch.unpacked);
+        if let Some(unpack) = unpack {
+            unpack(panel, &mut scratch.unpacked);
+            panel = &scratch.unpacked;
         }
         for (block_index, block) in scratch.interleaved.chunks(block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
-            if unpack {
-                (steps.multiply_unpacked)(&scratch.unpacked, block, sums);
-            } else {
-                (steps.multiply)(panel, block, sums);
-            }
+            multiply(panel, block, sums);
             for (token, sums) in (block_index * block_tokens..).zip(sums) {
                 write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
             }
