@@ -9,6 +9,7 @@ pub mod limits;
 pub mod math;
 pub mod packing;
 mod scalar;
+pub mod screen;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -17,9 +18,13 @@ mod x86_64;
 use std::sync::LazyLock;
 
 pub use isa::{FloatOp, Isa};
-use packing::{PackedLayout, PackedRows};
+use packing::{PackedLayout, PackedRows, ROW_TILE};
+use screen::{PanelBounds, ScreenRows, SplitActivations};
 
-use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+use crate::{
+    quant::{activation::QuantizedActivations, screen::SplitRow},
+    threads::ColumnsMut,
+};
 
 /// One implementation of the ternary matrix product, of 1 to any number of tokens.
 pub trait TernaryKernel: Send + Sync + 'static {
@@ -48,6 +53,19 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// # Panics
     /// When the shapes do not agree or the layout is none of this kernel's.
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
+
+    /// Estimates of the product of every row and token, and how far from the exact value each can be.
+    /// `estimates`, `radii: [x.num_tokens(), w.rows()]`
+    ///
+    /// # Panics
+    /// When the shapes do not agree.
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    );
 
     /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
     /// and returns the multiply-accumulates done: the speed no product can pass.
@@ -143,4 +161,34 @@ fn check_gemm<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedAct
         (out.num_rows(), w.cols(), w.rows()),
         "shapes of a matrix product"
     );
+}
+
+/// As [`check_gemv`].
+fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &ColumnsMut<'_>, radii: &ColumnsMut<'_>) {
+    for out in [estimates, radii] {
+        assert_eq!(
+            (x.num_tokens(), x.cols(), out.num_columns()),
+            (out.num_rows(), w.cols(), w.rows()),
+            "shapes of a screen"
+        );
+    }
+}
+
+/// Writes what the sums of a panel's rows with one token's high and low halves say.
+#[inline(always)]
+fn write_screen(
+    [high, low]: &[[i32; ROW_TILE]; 2],
+    rows: &PanelBounds,
+    x: &SplitRow,
+    estimates: &mut [f32],
+    radii: &mut [f32],
+) {
+    let (mut values, mut distances) = ([0.0; ROW_TILE], [0.0; ROW_TILE]);
+    for row in 0..ROW_TILE {
+        let known = rows.row(row);
+        values[row] = known.estimate(x, high[row], low[row]);
+        distances[row] = x.radius(&known, values[row]);
+    }
+    estimates.copy_from_slice(&values[..estimates.len()]);
+    radii.copy_from_slice(&distances[..radii.len()]);
 }

@@ -101,31 +101,20 @@ impl PackedTernary {
         let num_panels = rows.div_ceil(ROW_TILE);
         let mut memory = huge_pages(num_panels * panel_bytes);
         let panels = SharedRows::new(&mut memory[..], panel_bytes);
-        let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
-        pool.run(&|worker| {
-            let share = worker.share(num_panels, 1);
+        in_parallel(num_panels, pool, &|share| {
             let mut codes = vec![0; ROW_TILE * cols.next_multiple_of(layout.column_tile())];
             let packed = panels.claim(share.clone());
             for (panel, bytes) in share.zip(packed.chunks_exact_mut(panel_bytes)) {
                 let first_row = panel * ROW_TILE;
-                let result = decode_panel(first_row..rows.min(first_row + ROW_TILE), cols, &mut codes, decode_row);
-                if let Err((row, error)) = result {
-                    let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
-                    if first.as_ref().is_none_or(|(lowest, _)| row < *lowest) {
-                        *first = Some((row, error));
-                    }
-                    return;
-                }
+                decode_panel(first_row..rows.min(first_row + ROW_TILE), cols, &mut codes, decode_row)?;
                 match layout {
                     PackedLayout::T32x2Bit => pack_panel(&codes, bytes, pack_2bit),
                     PackedLayout::T32x5Trit => pack_panel(&codes, bytes, pack_5trit),
                 }
             }
-        });
-        match first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, error)) => Err(error),
-            None => Ok(Self { memory, layout, rows, cols, scale }),
-        }
+            Ok(())
+        })?;
+        Ok(Self { memory, layout, rows, cols, scale })
     }
 
     /// Rows: outputs of the product.
@@ -153,18 +142,12 @@ impl PackedTernary {
     /// # Panics
     /// When `rows` reaches outside, or starts or ends inside a tile of [`ROW_TILE`] rows (the last row may end it).
     pub fn slice(&self, rows: Range<usize>) -> PackedRows<'_> {
-        let Range { start, end } = rows;
-        let whole_tiles = start.is_multiple_of(ROW_TILE)
-            && (end.is_multiple_of(ROW_TILE) || end == self.rows)
-            && start <= end
-            && end <= self.rows;
-        assert!(whole_tiles, "rows {start}..{end} of {} are not whole tiles", self.rows);
+        let panels = whole_panels(rows.clone(), self.rows);
         let panel_bytes = self.layout.panel_bytes(self.cols);
-        let panels = start.div_ceil(ROW_TILE)..end.div_ceil(ROW_TILE);
         PackedRows {
             codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
             layout: self.layout,
-            rows: end - start,
+            rows: rows.len(),
             cols: self.cols,
             scale: self.scale,
         }
@@ -205,6 +188,41 @@ impl<'a> PackedRows<'a> {
     /// The packed bytes of each panel of 32 rows, in order: [`PackedLayout::panel_bytes`] of them, aligned to 64.
     pub(super) fn panels(&self) -> std::slice::ChunksExact<'a, u8> {
         self.codes.chunks_exact(self.layout.panel_bytes(self.cols))
+    }
+}
+
+/// The panels that hold `rows`, whole tiles of `num_rows` rows.
+///
+/// # Panics
+/// When they are not.
+pub(super) fn whole_panels(rows: Range<usize>, num_rows: usize) -> Range<usize> {
+    let Range { start, end } = rows;
+    let whole_tiles = start.is_multiple_of(ROW_TILE)
+        && (end.is_multiple_of(ROW_TILE) || end == num_rows)
+        && start <= end
+        && end <= num_rows;
+    assert!(whole_tiles, "rows {start}..{end} of {num_rows} are not whole tiles");
+    start.div_ceil(ROW_TILE)..end.div_ceil(ROW_TILE)
+}
+
+/// Splits panels among the workers of `pool`; `pack` says which row it failed at. The error of the lowest row counts.
+pub(super) fn in_parallel<E: Send>(
+    num_panels: usize,
+    pool: &mut WorkerPool,
+    pack: &(dyn Fn(Range<usize>) -> Result<(), (usize, E)> + Sync),
+) -> Result<(), E> {
+    let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
+    pool.run(&|worker| {
+        if let Err((row, error)) = pack(worker.share(num_panels, 1)) {
+            let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|(lowest, _)| row < *lowest) {
+                *first = Some((row, error));
+            }
+        }
+    });
+    match first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some((_, error)) => Err(error),
+        None => Ok(()),
     }
 }
 

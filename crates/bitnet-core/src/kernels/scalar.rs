@@ -3,6 +3,7 @@
 use super::{
     Isa, TernaryKernel,
     packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+    screen::{ScreenRows, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -47,6 +48,32 @@ impl TernaryKernel for Scalar {
         }
     }
 
+    // out[token][row] = bounds of (sum over columns of weight code * activation code)
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        super::check_screen(w, x, estimates, radii);
+        for (panel_index, (panel, bounds)) in w.panels().enumerate() {
+            let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+            for token in 0..x.num_tokens() {
+                let sums = [0, 1].map(|half| {
+                    let codes = &x.halves(2 * token + half)[..w.cols()];
+                    std::array::from_fn(|row| {
+                        let product = |(col, &code)| i32::from(dense_weight(panel, row, col)) * i32::from(code);
+                        codes.iter().enumerate().map(product).sum()
+                    })
+                });
+                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+                super::write_screen(&sums, bounds, x.row(token), estimates, radii);
+            }
+        }
+    }
+
     fn multiply_registers(&self, rounds: u32) -> u64 {
         let mut sums = [0_i32; 16];
         for round in 0..rounds {
@@ -58,6 +85,11 @@ impl TernaryKernel for Scalar {
         std::hint::black_box(sums);
         u64::from(rounds) * sums.len() as u64
     }
+}
+
+/// The code at `row` and `col` of a panel of a screen: `[columns / 4, 32 rows, 4]`.
+fn dense_weight(panel: &[u8], row: usize, col: usize) -> i8 {
+    panel[(col / 4) * TILE_BYTES + 4 * row + col % 4].cast_signed()
 }
 
 /// The weight -1, 0 or +1 at `row` and `col` of a panel.

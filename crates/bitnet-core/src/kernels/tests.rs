@@ -1,6 +1,8 @@
 //! One property suite, run for every kernel and every instruction set of this CPU: bits against a naive reference.
 #![allow(clippy::unwrap_used)]
 
+mod screen;
+
 use std::convert::Infallible;
 
 use super::{

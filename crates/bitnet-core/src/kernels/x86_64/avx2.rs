@@ -13,11 +13,12 @@ use std::arch::{
     },
 };
 
-use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv,
+        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
+        screen::{ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -25,6 +26,9 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 4 sums of 16 bits stay in registers between two flushes.
 const BLOCK: usize = 4;
+
+/// Tokens of a block of the screen, each with two halves.
+const SCREEN_BLOCK: usize = BLOCK / 2;
 
 /// From here on several blocks share the work of unpacking a panel.
 const UNPACK_FROM: usize = 13;
@@ -63,6 +67,18 @@ impl TernaryKernel for Avx2 {
         unsafe { gemv(w, x, out) }
     }
 
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        check_screen(w, x, estimates, radii);
+        // SAFETY: as in `gemv`.
+        unsafe { screen(w, x, estimates, radii) }
+    }
+
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
@@ -97,6 +113,13 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             by_tokens!(sums.len(), [1 2 3 4], unpacked_gemm::<N>(panel, block, sums));
         });
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
+        by_tokens!(sums.len(), [2 4], screen_gemm::<N>(panel, block, sums));
+    });
 }
 
 /// ```text
@@ -191,6 +214,32 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSum
         }
         for (out, wide) in out.iter_mut().zip(wide) {
             store_half(wide, half, out);
+        }
+    }
+}
+
+/// As [`unpacked_gemm`] for signed weights of 8 bits and unsigned activations of 7: a pair of products is at most
+/// 2 * 127 * 127 = 32,258, so there is room for one only.
+#[target_feature(enable = "avx2")]
+fn screen_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_steps = num_tiles(panel, block, 1, N);
+    let ones = _mm256_set1_epi16(1);
+    for half in 0..2 {
+        let mut sums = [[_mm256_setzero_si256(); 2]; N];
+        for step in 0..num_steps {
+            // SAFETY: the step's 128 bytes lie inside the panel.
+            let weights = unsafe { load_half_tile(panel, step, half) };
+            for (token, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: 4 codes a step and token, checked by `num_tiles`.
+                let x = unsafe { broadcast(block, step * N + token) };
+                for quarter in 0..2 {
+                    let fours = _mm256_madd_epi16(_mm256_maddubs_epi16(x, weights[quarter]), ones);
+                    sums[quarter] = _mm256_add_epi32(sums[quarter], fours);
+                }
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(sums) {
+            store_half(sums, half, out);
         }
     }
 }

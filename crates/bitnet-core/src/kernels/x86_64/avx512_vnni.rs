@@ -10,11 +10,14 @@ use std::arch::x86_64::{
     _mm512_storeu_si512,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{
+    PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+};
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv,
+        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
+        screen::{ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -64,6 +67,18 @@ impl TernaryKernel for Avx512Vnni {
         }
     }
 
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        check_screen(w, x, estimates, radii);
+        // SAFETY: as in `gemv`.
+        unsafe { screen(w, x, estimates, radii) }
+    }
+
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
@@ -89,6 +104,13 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
         by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, |panel, block, sums| {
+        by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, block, sums));
     });
 }
 
@@ -151,24 +173,27 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn multiply_unpacked(panel: &[u8], block: &[i8], sums: &mut [PanelSums]) {
-    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N>(panel, block, sums));
+    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, block, sums));
 }
 
 /// ```text
 /// for step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
 /// ```
+/// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
+/// weights were unpacked just before.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     for step in 0..num_steps {
         // SAFETY: the step's 128 bytes lie inside the panel.
-        let weights = unsafe { load(panel, step) };
+        let weights = unsafe { if SCREEN { load_tile(panel, step) } else { load(panel, step) } };
         for (token, sums) in sums.iter_mut().enumerate() {
             // SAFETY: 4 codes a step and token, checked by `num_tiles`.
             let x = unsafe { broadcast(block, step * N + token) };
             for half in 0..2 {
-                sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
+                let (unsigned, signed) = if SCREEN { (x, weights[half]) } else { (weights[half], x) };
+                sums[half] = _mm512_dpbusd_epi32(sums[half], unsigned, signed);
             }
         }
     }

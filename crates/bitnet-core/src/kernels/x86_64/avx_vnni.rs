@@ -8,11 +8,12 @@ use std::arch::x86_64::{
     _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles};
+use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv,
+        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
+        screen::{ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -23,6 +24,9 @@ const BLOCK: usize = 4;
 
 /// Unpacked panels: 2 x 6 accumulators leave four registers for weights and activations.
 const UNPACKED_BLOCK: usize = 6;
+
+/// Tokens of a block of the screen, each with two halves.
+const SCREEN_BLOCK: usize = UNPACKED_BLOCK / 2;
 
 /// From here on several blocks share the work of unpacking a panel.
 const UNPACK_FROM: usize = 13;
@@ -59,6 +63,18 @@ impl TernaryKernel for AvxVnni {
         unsafe { gemv(w, x, out) }
     }
 
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        check_screen(w, x, estimates, radii);
+        // SAFETY: as in `gemv`.
+        unsafe { screen(w, x, estimates, radii) }
+    }
+
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
@@ -85,9 +101,16 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
         gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N, false>(panel, block, sums));
         });
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
+        by_tokens!(sums.len(), [2 4 6], unpacked_gemm::<N, true>(panel, block, sums));
+    });
 }
 
 /// Planes masked in place, each with sums of its own that are shifted once, at the end.
@@ -169,19 +192,23 @@ fn unpack(panel: &[u8], unpacked: &mut [u8]) {
 /// ```text
 /// for half of 16 rows, step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
 /// ```
+/// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
+/// weights were unpacked just before.
 #[target_feature(enable = "avx2,avxvnni")]
-fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for step in 0..num_steps {
             // SAFETY: the step's 128 bytes lie inside the panel.
-            let weights = unsafe { load_half(panel, step, half) };
+            let weights =
+                unsafe { if SCREEN { load_half_tile(panel, step, half) } else { load_half(panel, step, half) } };
             for (token, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: 4 codes a step and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, step * N + token) };
                 for quarter in 0..2 {
-                    sums[quarter] = _mm256_dpbusd_avx_epi32(sums[quarter], weights[quarter], x);
+                    let (unsigned, signed) = if SCREEN { (x, weights[quarter]) } else { (weights[quarter], x) };
+                    sums[quarter] = _mm256_dpbusd_avx_epi32(sums[quarter], unsigned, signed);
                 }
             }
         }

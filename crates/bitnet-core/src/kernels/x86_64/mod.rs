@@ -11,6 +11,8 @@ use std::cell::Cell;
 use super::{
     TernaryKernel, epilogue,
     packing::{PackedRows, ROW_TILE, TILE_BYTES},
+    screen::{ScreenRows, SplitActivations},
+    write_screen,
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -27,6 +29,12 @@ macro_rules! by_tokens {
     ($n:expr, [$($count:literal)*], $function:ident::<N> $arguments:tt) => {
         match $n {
             $($count => $function::<$count> $arguments,)*
+            n => unreachable!("a block of {n} tokens"),
+        }
+    };
+    ($n:expr, [$($count:literal)*], $function:ident::<N, $flag:literal> $arguments:tt) => {
+        match $n {
+            $($count => $function::<$count, $flag> $arguments,)*
             n => unreachable!("a block of {n} tokens"),
         }
     };
@@ -99,6 +107,38 @@ fn gemm_by_blocks(
             multiply(panel, block, sums);
             for (token, sums) in (block_index * block_tokens..).zip(sums) {
                 write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
+            }
+        }
+    }
+    SCRATCH.set(scratch);
+}
+
+/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` gives the sums of one panel for
+/// pairs of high and low halves, interleaved as tokens are.
+#[inline(always)]
+fn screen_by_blocks(
+    w: &ScreenRows<'_>,
+    x: &SplitActivations<'_>,
+    estimates: &mut ColumnsMut<'_>,
+    radii: &mut ColumnsMut<'_>,
+    block: usize,
+    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
+) {
+    let cols = w.cols().next_multiple_of(4);
+    let num_tokens = x.num_tokens();
+    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
+    let mut scratch = SCRATCH.take();
+    interleave(2 * num_tokens, 2 * block_tokens, cols, |half| x.halves(half), &mut scratch.interleaved);
+    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
+    for (panel_index, (panel, bounds)) in w.panels().enumerate() {
+        let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+        for (block_index, block) in scratch.interleaved.chunks(2 * block_tokens * cols).enumerate() {
+            let sums = &mut sums[..block.len() / cols];
+            multiply(panel, block, sums);
+            for (token, sums) in (block_index * block_tokens..).zip(sums.as_chunks().0) {
+                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+                write_screen(sums, bounds, x.row(token), estimates, radii);
             }
         }
     }
