@@ -15,6 +15,9 @@ const AHEAD_BYTES: usize = 8192;
 /// Rounds of which the best one counts: everything that disturbs a measurement makes it slower.
 const ROUNDS: u32 = 5;
 
+/// What memory is filled with: codes of weights in every layout.
+const FILL: u8 = 0x55;
+
 /// Bytes a second that all workers of `pool` read together from memory.
 ///
 /// # Panics
@@ -50,9 +53,12 @@ pub fn int8_macs_per_s(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> f64
 
 /// Writes every page, in parallel: memory never written is one page of zeros that stays in the cache.
 pub(super) fn touch(memory: &mut [u8], pool: &mut WorkerPool) {
-    let len = memory.len();
-    let rows = SharedRows::new(memory, 1);
-    pool.run(&|worker| rows.claim(worker.share(len, BLOCK_BYTES)).fill(0x55));
+    // In blocks: shared memory keeps a bit for each of its rows.
+    let (blocks, rest) = memory.as_chunks_mut::<BLOCK_BYTES>();
+    rest.fill(FILL);
+    let num_blocks = blocks.len();
+    let shared = SharedRows::new(blocks, 1);
+    pool.run(&|worker| shared.claim(worker.share(num_blocks, 1)).as_flattened_mut().fill(FILL));
 }
 
 /// The shortest time of `rounds` calls in seconds.

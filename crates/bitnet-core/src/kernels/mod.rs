@@ -4,12 +4,14 @@
 //! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
 //! the same bits: the products are exact integers, and the epilogue is the same for all.
 
+mod autotune;
 mod isa;
 pub mod limits;
 pub mod math;
 pub mod packing;
 mod scalar;
 pub mod screen;
+mod self_test;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -17,9 +19,11 @@ mod x86_64;
 
 use std::sync::LazyLock;
 
+pub use autotune::autotune;
 pub use isa::{FloatOp, Isa};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
 use screen::{PanelBounds, ScreenRows, SplitActivations};
+pub use self_test::{SelfTestFailure, self_test};
 
 use crate::{
     quant::{activation::QuantizedActivations, screen::SplitRow},

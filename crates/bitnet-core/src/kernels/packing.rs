@@ -117,6 +117,13 @@ impl PackedTernary {
         Ok(Self { memory, layout, rows, cols, scale })
     }
 
+    /// A matrix of some weights, for timing: written, so that it is in memory, but not worth packing.
+    pub(super) fn arbitrary(rows: usize, cols: usize, layout: PackedLayout, pool: &mut WorkerPool) -> Self {
+        let mut memory = huge_pages(rows.div_ceil(ROW_TILE) * layout.panel_bytes(cols));
+        super::limits::touch(&mut memory, pool);
+        Self { memory, layout, rows, cols, scale: 1.0 }
+    }
+
     /// Rows: outputs of the product.
     pub fn rows(&self) -> usize {
         self.rows

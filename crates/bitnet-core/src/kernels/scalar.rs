@@ -26,7 +26,10 @@ impl TernaryKernel for Scalar {
 
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
         super::check_gemv(self, w, x, out);
-        self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+        // A worker may have no rows, but a matrix must.
+        if w.rows() > 0 {
+            self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+        }
     }
 
     // out[token][row] = (sum over columns of weight * code as f32) / s[token] * scale

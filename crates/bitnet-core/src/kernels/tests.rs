@@ -202,6 +202,98 @@ fn every_combination_of_five_trits_comes_back() {
     case.check("all bytes");
 }
 
+/// A kernel whose first result of every product, or of every screen, is off by a little.
+struct Broken {
+    kernel: &'static dyn TernaryKernel,
+    screen: bool,
+}
+
+impl TernaryKernel for Broken {
+    fn name(&self) -> &'static str {
+        "broken"
+    }
+
+    fn layouts(&self) -> &'static [PackedLayout] {
+        self.kernel.layouts()
+    }
+
+    fn isa(&self) -> Isa {
+        self.kernel.isa()
+    }
+
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        self.kernel.gemv(w, x, out);
+        if !self.screen {
+            out[0] = out[0].next_up();
+        }
+    }
+
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        self.kernel.gemm(w, x, out);
+    }
+
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        self.kernel.screen(w, x, estimates, radii);
+        if self.screen {
+            estimates.row_mut(0)[0] += 3.0 * radii.row_mut(0)[0];
+        }
+    }
+
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        self.kernel.multiply_registers(rounds)
+    }
+}
+
+#[test]
+fn the_self_test_passes_here_and_sees_a_broken_kernel() {
+    let results = self_test();
+    assert_eq!(results.len(), available().len());
+    for (name, result) in results {
+        assert_eq!(result, Ok(()), "{name}");
+    }
+    for kernel in available() {
+        let failure = self_test::test(&Broken { kernel: *kernel, screen: false }).unwrap_err();
+        assert_eq!((failure.operation.as_str(), failure.num_tokens), ("2bit product", 1));
+        let failure = self_test::test(&Broken { kernel: *kernel, screen: true }).unwrap_err();
+        assert_eq!(failure.operation, "screen");
+    }
+}
+
+#[test]
+fn autotuning_picks_a_layout_the_kernel_has() {
+    let mut pool = WorkerPool::new(2);
+    for kernel in available() {
+        for weight_bytes in [0, 1, 1 << 20] {
+            assert!(kernel.layouts().contains(&autotune(*kernel, &mut pool, weight_bytes)), "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn limits_are_measured() {
+    let mut pool = WorkerPool::new(2);
+    assert!(limits::read_bytes_per_s(&mut pool) > 1e6);
+    for kernel in available() {
+        assert!(limits::int8_macs_per_s(*kernel, &mut pool) > 1e6, "{}", kernel.name());
+    }
+}
+
+#[test]
+fn a_worker_without_rows_computes_nothing() {
+    let case = Case::random(40, 100, 1);
+    let buffer = case.quantize();
+    for (kernel, layout) in combinations() {
+        let packed = case.pack(layout, &mut WorkerPool::new(1));
+        kernel.gemv(&packed.slice(32..32), &buffer.view(1, 100), &mut []);
+    }
+}
+
 #[test]
 fn packing_reports_the_lowest_row_that_fails() {
     let mut pool = WorkerPool::new(3);
