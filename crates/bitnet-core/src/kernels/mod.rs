@@ -4,10 +4,14 @@
 //! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
 //! the same bits: the products are exact integers, and the epilogue is the same for all.
 
+mod autotune;
 mod isa;
+pub mod limits;
 pub mod math;
 pub mod packing;
 mod scalar;
+pub mod screen;
+mod self_test;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -15,18 +19,29 @@ mod x86_64;
 
 use std::sync::LazyLock;
 
+pub use autotune::autotune;
 pub use isa::{FloatOp, Isa};
-use packing::{PackedLayout, PackedRows};
+use packing::{PackedLayout, PackedRows, ROW_TILE};
+use screen::{PanelBounds, ScreenRows, SplitActivations};
+pub use self_test::{SelfTestFailure, self_test};
 
-use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+use crate::{
+    quant::{activation::QuantizedActivations, screen::SplitRow},
+    threads::ColumnsMut,
+};
 
 /// One implementation of the ternary matrix product, of 1 to any number of tokens.
 pub trait TernaryKernel: Send + Sync + 'static {
     /// `scalar`, `x86_64-avx2`, `x86_64-avxvnni`, `x86_64-avx512vnni`, `aarch64-neon`, ...
     fn name(&self) -> &'static str;
 
-    /// How weights must be packed.
-    fn layout(&self) -> PackedLayout;
+    /// How weights may be packed, the layout to take when nothing was measured first.
+    fn layouts(&self) -> &'static [PackedLayout];
+
+    /// The first of [`Self::layouts`].
+    fn layout(&self) -> PackedLayout {
+        self.layouts()[0]
+    }
 
     /// The instruction set for the floating-point work around the products.
     fn isa(&self) -> Isa;
@@ -34,14 +49,31 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// `out[row] = (w . x as f32) / s * scale`, for one token.
     ///
     /// # Panics
-    /// When `x` is not one token of `w.cols()` values or `out` is not `w.rows()` long.
+    /// When `x` is not one token of `w.cols()` values, `out` is not `w.rows()` long or the layout is none of this kernel's.
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]);
 
     /// `out[token][row] = (w . x[token] as f32) / s[token] * scale`. `out: [x.num_tokens(), w.rows()]`
     ///
     /// # Panics
-    /// When the shapes do not agree.
+    /// When the shapes do not agree or the layout is none of this kernel's.
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
+
+    /// Estimates of the product of every row and token, and how far from the exact value each can be.
+    /// `estimates`, `radii: [x.num_tokens(), w.rows()]`
+    ///
+    /// # Panics
+    /// When the shapes do not agree.
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    );
+
+    /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
+    /// and returns the multiply-accumulates done: the speed no product can pass.
+    fn multiply_registers(&self, rounds: u32) -> u64;
 }
 
 /// Every kernel this CPU can run, `scalar` first, the fastest last.
@@ -106,16 +138,61 @@ fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
     sum as f32 / s * scale
 }
 
+/// Asks for the cache line at `address`, which need not be valid, to come into the second-level cache.
+#[inline(always)]
+#[allow(unsafe_code)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching has no effect a program can observe, whatever the address; SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// What every kernel's pointer arithmetic relies on, checked once per product.
-fn check_gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
+fn check_gemv<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
+    assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());
     assert_eq!((x.num_tokens(), x.cols(), out.len()), (1, w.cols(), w.rows()), "shapes of a matrix-vector product");
 }
 
 /// As [`check_gemv`].
-fn check_gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &ColumnsMut<'_>) {
+fn check_gemm<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &ColumnsMut<'_>) {
+    assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());
     assert_eq!(
         (x.num_tokens(), x.cols(), out.num_columns()),
         (out.num_rows(), w.cols(), w.rows()),
         "shapes of a matrix product"
     );
+}
+
+/// As [`check_gemv`].
+fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &ColumnsMut<'_>, radii: &ColumnsMut<'_>) {
+    for out in [estimates, radii] {
+        assert_eq!(
+            (x.num_tokens(), x.cols(), out.num_columns()),
+            (out.num_rows(), w.cols(), w.rows()),
+            "shapes of a screen"
+        );
+    }
+}
+
+/// Writes what the sums of a panel's rows with one token's high and low halves say.
+#[inline(always)]
+fn write_screen(
+    [high, low]: &[[i32; ROW_TILE]; 2],
+    rows: &PanelBounds,
+    x: &SplitRow,
+    estimates: &mut [f32],
+    radii: &mut [f32],
+) {
+    let (mut values, mut distances) = ([0.0; ROW_TILE], [0.0; ROW_TILE]);
+    for row in 0..ROW_TILE {
+        let known = rows.row(row);
+        values[row] = known.estimate(x, high[row], low[row]);
+        distances[row] = x.radius(&known, values[row]);
+    }
+    estimates.copy_from_slice(&values[..estimates.len()]);
+    radii.copy_from_slice(&distances[..radii.len()]);
 }

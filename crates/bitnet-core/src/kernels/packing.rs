@@ -5,6 +5,10 @@
 //! `4 * p + b` in the bit pairs `p = 0..4`, as code = weight + 1. Rows of one column step are neighbours, so a vector of words
 //! is a vector of rows: no sums across lanes, and 4 activations are one broadcast word. Rows are padded to 32 and columns to
 //! 16 with weight 0.
+//!
+//! Layout T32.16 (1.6 bits a weight): the same with five codes a byte, so a tile has 20 columns. A byte holds the base-3
+//! number `v` of its codes, plane 0 first, as the fraction `ceil(256 v / 243) / 256`: multiplying by 3 moves the next code
+//! above the point.
 #![allow(unsafe_code)]
 
 use std::{
@@ -18,26 +22,48 @@ use crate::threads::{SharedRows, WorkerPool};
 
 /// Rows of a tile: the granularity in which weights are split among workers.
 pub const ROW_TILE: usize = 32;
-/// Columns of a tile of layout T32.2.
-pub const COLUMN_TILE: usize = 16;
-/// Bytes of a tile of layout T32.2.
-pub const TILE_BYTES: usize = ROW_TILE * COLUMN_TILE / 4;
+/// Bytes of a tile: a word of four for each of its rows.
+pub const TILE_BYTES: usize = 4 * ROW_TILE;
 /// The most columns: every integer sum of a kernel, a plane of codes still shifted included, stays inside i32.
 pub const MAX_COLS: usize = 1 << 16;
 
-/// How codes are arranged in memory. A kernel reads one layout.
+/// How codes are arranged in memory. All layouts give the same integers; which is faster depends on the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackedLayout {
     /// 2 bits a weight, tiles of 32 rows x 16 columns.
     T32x2Bit,
+    /// Five trits a byte, 1.6 bits a weight, tiles of 32 rows x 20 columns.
+    T32x5Trit,
 }
 
 impl PackedLayout {
-    /// Bytes of a panel: 32 rows of `cols` columns.
-    pub fn panel_bytes(self, cols: usize) -> usize {
+    /// Every layout.
+    pub const ALL: [Self; 2] = [Self::T32x2Bit, Self::T32x5Trit];
+
+    /// `2bit` or `1.6bit`, as `--packing` has it.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::T32x2Bit => cols.div_ceil(COLUMN_TILE) * TILE_BYTES,
+            Self::T32x2Bit => "2bit",
+            Self::T32x5Trit => "1.6bit",
         }
+    }
+
+    /// Codes of a byte: each is a plane of 4 columns of a tile.
+    pub const fn planes(self) -> usize {
+        match self {
+            Self::T32x2Bit => 4,
+            Self::T32x5Trit => 5,
+        }
+    }
+
+    /// Columns of a tile.
+    pub const fn column_tile(self) -> usize {
+        4 * self.planes()
+    }
+
+    /// Bytes of a panel: 32 rows of `cols` columns.
+    pub const fn panel_bytes(self, cols: usize) -> usize {
+        cols.div_ceil(self.column_tile()) * TILE_BYTES
     }
 }
 
@@ -75,30 +101,27 @@ impl PackedTernary {
         let num_panels = rows.div_ceil(ROW_TILE);
         let mut memory = huge_pages(num_panels * panel_bytes);
         let panels = SharedRows::new(&mut memory[..], panel_bytes);
-        let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
-        pool.run(&|worker| {
-            let share = worker.share(num_panels, 1);
-            let mut codes = vec![0; ROW_TILE * cols.next_multiple_of(COLUMN_TILE)];
+        in_parallel(num_panels, pool, &|share| {
+            let mut codes = vec![0; ROW_TILE * cols.next_multiple_of(layout.column_tile())];
             let packed = panels.claim(share.clone());
             for (panel, bytes) in share.zip(packed.chunks_exact_mut(panel_bytes)) {
                 let first_row = panel * ROW_TILE;
-                let result = decode_panel(first_row..rows.min(first_row + ROW_TILE), cols, &mut codes, decode_row);
-                if let Err((row, error)) = result {
-                    let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
-                    if first.as_ref().is_none_or(|(lowest, _)| row < *lowest) {
-                        *first = Some((row, error));
-                    }
-                    return;
-                }
+                decode_panel(first_row..rows.min(first_row + ROW_TILE), cols, &mut codes, decode_row)?;
                 match layout {
-                    PackedLayout::T32x2Bit => pack_panel_2bit(&codes, bytes),
+                    PackedLayout::T32x2Bit => pack_panel(&codes, bytes, pack_2bit),
+                    PackedLayout::T32x5Trit => pack_panel(&codes, bytes, pack_5trit),
                 }
             }
-        });
-        match first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, error)) => Err(error),
-            None => Ok(Self { memory, layout, rows, cols, scale }),
-        }
+            Ok(())
+        })?;
+        Ok(Self { memory, layout, rows, cols, scale })
+    }
+
+    /// A matrix of some weights, for timing: written, so that it is in memory, but not worth packing.
+    pub(super) fn arbitrary(rows: usize, cols: usize, layout: PackedLayout, pool: &mut WorkerPool) -> Self {
+        let mut memory = huge_pages(rows.div_ceil(ROW_TILE) * layout.panel_bytes(cols));
+        super::limits::touch(&mut memory, pool);
+        Self { memory, layout, rows, cols, scale: 1.0 }
     }
 
     /// Rows: outputs of the product.
@@ -126,18 +149,12 @@ impl PackedTernary {
     /// # Panics
     /// When `rows` reaches outside, or starts or ends inside a tile of [`ROW_TILE`] rows (the last row may end it).
     pub fn slice(&self, rows: Range<usize>) -> PackedRows<'_> {
-        let Range { start, end } = rows;
-        let whole_tiles = start.is_multiple_of(ROW_TILE)
-            && (end.is_multiple_of(ROW_TILE) || end == self.rows)
-            && start <= end
-            && end <= self.rows;
-        assert!(whole_tiles, "rows {start}..{end} of {} are not whole tiles", self.rows);
+        let panels = whole_panels(rows.clone(), self.rows);
         let panel_bytes = self.layout.panel_bytes(self.cols);
-        let panels = start.div_ceil(ROW_TILE)..end.div_ceil(ROW_TILE);
         PackedRows {
             codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
             layout: self.layout,
-            rows: end - start,
+            rows: rows.len(),
             cols: self.cols,
             scale: self.scale,
         }
@@ -181,6 +198,41 @@ impl<'a> PackedRows<'a> {
     }
 }
 
+/// The panels that hold `rows`, whole tiles of `num_rows` rows.
+///
+/// # Panics
+/// When they are not.
+pub(super) fn whole_panels(rows: Range<usize>, num_rows: usize) -> Range<usize> {
+    let Range { start, end } = rows;
+    let whole_tiles = start.is_multiple_of(ROW_TILE)
+        && (end.is_multiple_of(ROW_TILE) || end == num_rows)
+        && start <= end
+        && end <= num_rows;
+    assert!(whole_tiles, "rows {start}..{end} of {num_rows} are not whole tiles");
+    start.div_ceil(ROW_TILE)..end.div_ceil(ROW_TILE)
+}
+
+/// Splits panels among the workers of `pool`; `pack` says which row it failed at. The error of the lowest row counts.
+pub(super) fn in_parallel<E: Send>(
+    num_panels: usize,
+    pool: &mut WorkerPool,
+    pack: &(dyn Fn(Range<usize>) -> Result<(), (usize, E)> + Sync),
+) -> Result<(), E> {
+    let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
+    pool.run(&|worker| {
+        if let Err((row, error)) = pack(worker.share(num_panels, 1)) {
+            let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|(lowest, _)| row < *lowest) {
+                *first = Some((row, error));
+            }
+        }
+    });
+    match first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some((_, error)) => Err(error),
+        None => Ok(()),
+    }
+}
+
 /// Decodes `rows` into `codes` (`[ROW_TILE, cols padded]`) as weight + 1. Padding rows and columns get weight 0.
 fn decode_panel<E>(
     rows: Range<usize>,
@@ -188,7 +240,8 @@ fn decode_panel<E>(
     codes: &mut [i8],
     decode_row: &DecodeRow<'_, E>,
 ) -> Result<(), (usize, E)> {
-    for (index, codes) in codes.chunks_exact_mut(cols.next_multiple_of(COLUMN_TILE)).enumerate() {
+    let row_len = codes.len() / ROW_TILE;
+    for (index, codes) in codes.chunks_exact_mut(row_len).enumerate() {
         codes.fill(0);
         let row = rows.start + index;
         if row < rows.end {
@@ -204,23 +257,32 @@ fn decode_panel<E>(
     Ok(())
 }
 
-fn pack_panel_2bit(codes: &[i8], panel: &mut [u8]) {
-    let row_len = codes.len() / ROW_TILE;
-    for (row, codes) in codes.chunks_exact(row_len).enumerate() {
+/// Arranges `codes` (`[ROW_TILE, cols padded]`) as tiles; `pack` makes a byte of its planes.
+fn pack_panel<const PLANES: usize>(codes: &[i8], panel: &mut [u8], pack: impl Fn([u8; PLANES]) -> u8) {
+    for (row, codes) in codes.chunks_exact(codes.len() / ROW_TILE).enumerate() {
         let tiles = panel.chunks_exact_mut(TILE_BYTES);
-        for (tile, columns) in tiles.zip(codes.as_chunks::<COLUMN_TILE>().0) {
+        for (tile, columns) in tiles.zip(codes.chunks_exact(4 * PLANES)) {
             let word = &mut tile[4 * row..4 * row + 4];
             for (byte, packed) in word.iter_mut().enumerate() {
-                let pair = |plane: usize| columns[4 * plane + byte].cast_unsigned() << (2 * plane);
-                *packed = pair(0) | pair(1) | pair(2) | pair(3);
+                *packed = pack(std::array::from_fn(|plane| columns[4 * plane + byte].cast_unsigned()));
             }
         }
     }
 }
 
+fn pack_2bit(codes: [u8; 4]) -> u8 {
+    codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+}
+
+fn pack_5trit(codes: [u8; 5]) -> u8 {
+    let number = codes.iter().fold(0, |number, &code| 3 * number + u16::from(code));
+    // At most ceil(256 * 242 / 243) = 255.
+    (256 * number).div_ceil(243) as u8
+}
+
 /// Zeroed memory, aligned to pages, that the system is asked to back by huge pages: weights are streamed through once a
 /// token, and misses in the translation tables would cost a sixth of the bandwidth.
-fn huge_pages(len: usize) -> MmapMut {
+pub(super) fn huge_pages(len: usize) -> MmapMut {
     let memory = MmapMut::map_anon(len).expect("memory for packed weights");
     #[cfg(target_os = "linux")]
     if let Err(error) = memory.advise(memmap2::Advice::HugePage) {

@@ -2,7 +2,8 @@
 
 use super::{
     Isa, TernaryKernel,
-    packing::{COLUMN_TILE, PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+    packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+    screen::{ScreenRows, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -15,8 +16,8 @@ impl TernaryKernel for Scalar {
         "scalar"
     }
 
-    fn layout(&self) -> PackedLayout {
-        PackedLayout::T32x2Bit
+    fn layouts(&self) -> &'static [PackedLayout] {
+        &PackedLayout::ALL
     }
 
     fn isa(&self) -> Isa {
@@ -24,31 +25,85 @@ impl TernaryKernel for Scalar {
     }
 
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-        super::check_gemv(w, x, out);
-        self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+        super::check_gemv(self, w, x, out);
+        // A worker may have no rows, but a matrix must.
+        if w.rows() > 0 {
+            self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+        }
     }
 
     // out[token][row] = (sum over columns of weight * code as f32) / s[token] * scale
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-        super::check_gemm(w, x, out);
+        super::check_gemm(self, w, x, out);
         for (panel_index, panel) in w.panels().enumerate() {
             for row in 0..ROW_TILE.min(w.rows() - panel_index * ROW_TILE) {
                 for token in 0..x.num_tokens() {
                     let codes = &x.codes(token)[..w.cols()];
-                    let sum: i32 =
-                        codes.iter().enumerate().map(|(col, &code)| weight(panel, row, col) * i32::from(code)).sum();
+                    let sum: i32 = codes
+                        .iter()
+                        .enumerate()
+                        .map(|(col, &code)| weight(w.layout(), panel, row, col) * i32::from(code))
+                        .sum();
                     out.row_mut(token)[panel_index * ROW_TILE + row] =
                         super::epilogue(sum, x.scales()[token], w.scale());
                 }
             }
         }
     }
+
+    // out[token][row] = bounds of (sum over columns of weight code * activation code)
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        super::check_screen(w, x, estimates, radii);
+        for (panel_index, (panel, bounds)) in w.panels().enumerate() {
+            let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+            for token in 0..x.num_tokens() {
+                let sums = [0, 1].map(|half| {
+                    let codes = &x.halves(2 * token + half)[..w.cols()];
+                    std::array::from_fn(|row| {
+                        let product = |(col, &code)| i32::from(dense_weight(panel, row, col)) * i32::from(code);
+                        codes.iter().enumerate().map(product).sum()
+                    })
+                });
+                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+                super::write_screen(&sums, bounds, x.row(token), estimates, radii);
+            }
+        }
+    }
+
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        let mut sums = [0_i32; 16];
+        for round in 0..rounds {
+            let code = std::hint::black_box(round as i8);
+            for (lane, sum) in (0..).zip(&mut sums) {
+                *sum = sum.wrapping_add(i32::from(code) * lane);
+            }
+        }
+        std::hint::black_box(sums);
+        u64::from(rounds) * sums.len() as u64
+    }
 }
 
-/// The weight -1, 0 or +1 at `row` and `col` of a panel in layout T32.2.
-fn weight(panel: &[u8], row: usize, col: usize) -> i32 {
-    let (tile, col) = (col / COLUMN_TILE, col % COLUMN_TILE);
+/// The code at `row` and `col` of a panel of a screen: `[columns / 4, 32 rows, 4]`.
+fn dense_weight(panel: &[u8], row: usize, col: usize) -> i8 {
+    panel[(col / 4) * TILE_BYTES + 4 * row + col % 4].cast_signed()
+}
+
+/// The weight -1, 0 or +1 at `row` and `col` of a panel.
+fn weight(layout: PackedLayout, panel: &[u8], row: usize, col: usize) -> i32 {
+    let (tile, col) = (col / layout.column_tile(), col % layout.column_tile());
     let (plane, byte) = (col / 4, col % 4);
-    let codes = panel[tile * TILE_BYTES + 4 * row + byte];
-    i32::from(codes >> (2 * plane) & 3) - 1
+    let codes = u32::from(panel[tile * TILE_BYTES + 4 * row + byte]);
+    let code = match layout {
+        PackedLayout::T32x2Bit => codes >> (2 * plane) & 3,
+        // The fraction of 256ths that is left after `plane` codes; times 3, the next one is above the point.
+        PackedLayout::T32x5Trit => (codes * 3_u32.pow(plane as u32) % 256) * 3 / 256,
+    };
+    code.cast_signed() - 1
 }

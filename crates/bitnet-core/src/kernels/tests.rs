@@ -1,6 +1,8 @@
 //! One property suite, run for every kernel and every instruction set of this CPU: bits against a naive reference.
 #![allow(clippy::unwrap_used)]
 
+mod screen;
+
 use std::convert::Infallible;
 
 use super::{
@@ -50,12 +52,12 @@ impl Case {
         self.x.len() / self.cols
     }
 
-    fn pack(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> PackedTernary {
+    fn pack(&self, layout: PackedLayout, pool: &mut WorkerPool) -> PackedTernary {
         let decode = |row: usize, codes: &mut [i8]| {
             codes.copy_from_slice(&self.weights[row * self.cols..][..self.cols]);
             Ok::<(), Infallible>(())
         };
-        let Ok(packed) = PackedTernary::pack(self.rows, self.cols, SCALE, kernel.layout(), pool, &decode);
+        let Ok(packed) = PackedTernary::pack(self.rows, self.cols, SCALE, layout, pool, &decode);
         packed
     }
 
@@ -86,9 +88,9 @@ impl Case {
         let mut pool = WorkerPool::new(1);
         let buffer = self.quantize();
         let expected = self.expected(&buffer);
-        for kernel in available() {
-            let packed = self.pack(*kernel, &mut pool);
-            let name = kernel.name();
+        for (kernel, layout) in combinations() {
+            let packed = self.pack(layout, &mut pool);
+            let name = format!("{} {}", kernel.name(), layout.name());
             let mut out = vec![f32::NAN; self.num_tokens() * self.rows];
             let x = buffer.view(self.num_tokens(), self.cols);
             kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut out, self.rows));
@@ -106,6 +108,11 @@ impl Case {
 
 const SCALE: f32 = 0.812_5;
 
+/// Every kernel with every layout it can read.
+fn combinations() -> impl Iterator<Item = (&'static dyn TernaryKernel, PackedLayout)> {
+    available().iter().flat_map(|kernel| kernel.layouts().iter().map(|layout| (*kernel, *layout)))
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
@@ -113,7 +120,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn shapes_around_tile_edges() {
     for rows in [1, 15, 16, 17, 31, 32, 33, 64, 95] {
-        for cols in [1, 4, 15, 16, 17, 63, 64, 65, 127, 128, 129, 240, 256, 1000] {
+        for cols in [1, 4, 15, 16, 17, 19, 20, 21, 63, 64, 65, 127, 128, 129, 240, 256, 300, 1000] {
             Case::random(rows, cols, 2).check(&format!("{rows} x {cols}"));
         }
     }
@@ -152,8 +159,8 @@ fn a_row_that_is_not_finite_gives_nan_and_spares_the_others() {
     let buffer = case.quantize();
     let mut pool = WorkerPool::new(1);
     let clean = case.expected(&buffer);
-    for kernel in available() {
-        let packed = case.pack(*kernel, &mut pool);
+    for (kernel, layout) in combinations() {
+        let packed = case.pack(layout, &mut pool);
         let mut out = vec![0.0; 3 * 40];
         kernel.gemm(&packed.slice(0..40), &buffer.view(3, 100), &mut ColumnsMut::new(&mut out, 40));
         assert!(out[40..80].iter().all(|value| value.is_nan()), "{}", kernel.name());
@@ -169,8 +176,8 @@ fn splitting_rows_among_workers_changes_nothing() {
     let expected = case.expected(&buffer);
     for num_threads in [1, 2, 3, 5] {
         let mut pool = WorkerPool::new(num_threads);
-        for kernel in available() {
-            let packed = case.pack(*kernel, &mut pool);
+        for (kernel, layout) in combinations() {
+            let packed = case.pack(layout, &mut pool);
             let mut out = vec![f32::NAN; 5 * 200];
             let shared = SharedColumns::new(&mut out, 200, ROW_TILE);
             pool.run(&|worker| {
@@ -179,6 +186,111 @@ fn splitting_rows_among_workers_changes_nothing() {
             });
             assert_eq!(bits(&out), expected, "{} on {num_threads} threads", kernel.name());
         }
+    }
+}
+
+#[test]
+fn every_combination_of_five_trits_comes_back() {
+    // Row r holds the digits of r in the first columns of the five planes; token p looks at plane p alone.
+    let mut case = Case { rows: 243, cols: 20, weights: vec![0; 243 * 20], x: vec![0.0; 5 * 20] };
+    for (plane, weight) in [81, 27, 9, 3, 1].into_iter().enumerate() {
+        case.x[20 * plane + 4 * plane] = 1.0;
+        for row in 0..243 {
+            case.weights[20 * row + 4 * plane] = (row / weight % 3) as i8 - 1;
+        }
+    }
+    case.check("all bytes");
+}
+
+/// A kernel whose first result of every product, or of every screen, is off by a little.
+struct Broken {
+    kernel: &'static dyn TernaryKernel,
+    screen: bool,
+}
+
+impl TernaryKernel for Broken {
+    fn name(&self) -> &'static str {
+        "broken"
+    }
+
+    fn layouts(&self) -> &'static [PackedLayout] {
+        self.kernel.layouts()
+    }
+
+    fn isa(&self) -> Isa {
+        self.kernel.isa()
+    }
+
+    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
+        self.kernel.gemv(w, x, out);
+        if !self.screen {
+            out[0] = out[0].next_up();
+        }
+    }
+
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        self.kernel.gemm(w, x, out);
+    }
+
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        self.kernel.screen(w, x, estimates, radii);
+        if self.screen {
+            estimates.row_mut(0)[0] += 3.0 * radii.row_mut(0)[0];
+        }
+    }
+
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        self.kernel.multiply_registers(rounds)
+    }
+}
+
+#[test]
+fn the_self_test_passes_here_and_sees_a_broken_kernel() {
+    let results = self_test();
+    assert_eq!(results.len(), available().len());
+    for (name, result) in results {
+        assert_eq!(result, Ok(()), "{name}");
+    }
+    for kernel in available() {
+        let failure = self_test::test(&Broken { kernel: *kernel, screen: false }).unwrap_err();
+        assert_eq!((failure.operation.as_str(), failure.num_tokens), ("2bit product", 1));
+        let failure = self_test::test(&Broken { kernel: *kernel, screen: true }).unwrap_err();
+        assert_eq!(failure.operation, "screen");
+    }
+}
+
+#[test]
+fn autotuning_picks_a_layout_the_kernel_has() {
+    let mut pool = WorkerPool::new(2);
+    for kernel in available() {
+        for weight_bytes in [0, 1, 1 << 20] {
+            assert!(kernel.layouts().contains(&autotune(*kernel, &mut pool, weight_bytes)), "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn limits_are_measured() {
+    let mut pool = WorkerPool::new(2);
+    assert!(limits::read_bytes_per_s(&mut pool) > 1e6);
+    for kernel in available() {
+        assert!(limits::int8_macs_per_s(*kernel, &mut pool) > 1e6, "{}", kernel.name());
+    }
+}
+
+#[test]
+fn a_worker_without_rows_computes_nothing() {
+    let case = Case::random(40, 100, 1);
+    let buffer = case.quantize();
+    for (kernel, layout) in combinations() {
+        let packed = case.pack(layout, &mut WorkerPool::new(1));
+        kernel.gemv(&packed.slice(32..32), &buffer.view(1, 100), &mut []);
     }
 }
 

@@ -8,8 +8,9 @@ use std::ops::Range;
 
 use crate::threads::SharedRows;
 
-/// Codes of a row are followed by zeros up to a multiple of this, so kernels never handle a partial step of columns.
-pub const COLUMN_PADDING: usize = 64;
+/// Codes of a row are followed by zeros up to a multiple of this, so kernels never handle a partial step of columns,
+/// whether it has 16, 20 or 64.
+pub const COLUMN_PADDING: usize = 320;
 
 /// Quantized rows, ready for a kernel.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +65,7 @@ impl ActivationBuffer {
         let mut stride = max_cols.max(1).next_multiple_of(COLUMN_PADDING);
         // Rows a multiple of a page apart would compete for the same few cache sets.
         if stride.is_multiple_of(4096) {
-            stride += COLUMN_PADDING;
+            stride += 64;
         }
         Self { codes: vec![0; max_tokens * stride], stride, scales: vec![0.0; max_tokens], sums: vec![0; max_tokens] }
     }
@@ -250,7 +251,7 @@ mod tests {
         buffer.quantize_row(1, &[1.0; 200]);
         buffer.shared(2).claim(1..2).quantize_row(0, &[1.0; 70]);
         let view = buffer.view(2, 70);
-        assert_eq!(view.codes(1).len(), 128);
+        assert_eq!(view.codes(1).len(), COLUMN_PADDING);
         assert!(view.codes(1)[70..].iter().all(|&q| q == 0));
         assert_eq!(view.sums()[1], 70 * 127);
     }

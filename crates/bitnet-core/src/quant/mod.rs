@@ -2,4 +2,5 @@
 
 pub mod activation;
 pub mod formats;
+pub mod screen;
 pub mod ternary;

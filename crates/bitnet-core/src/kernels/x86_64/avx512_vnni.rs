@@ -1,5 +1,7 @@
 //! AVX-512 with VNNI: `vpdpbusd` multiplies 64 unsigned codes {0, 1, 2} by 64 signed activations and adds fours of products
 //! to 16 sums of 32 bits. Exact: a sum is at most 128 * 128 * [`MAX_COLS`](super::super::packing::MAX_COLS) / 4 < 2^31.
+//!
+//! Weights of 2 bits here; those of 1.6 bits, for CPUs with VBMI, in [`super::avx512_vbmi`].
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
@@ -8,30 +10,38 @@ use std::arch::x86_64::{
     _mm512_storeu_si512,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, gemm_by_blocks, gemv_by_panels};
+use super::{
+    PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+};
 use crate::{
     kernels::{
-        Isa, TernaryKernel,
-        packing::{COLUMN_TILE, PackedLayout, PackedRows, TILE_BYTES},
+        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
+        packing::{PackedLayout, PackedRows, TILE_BYTES},
+        screen::{ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
 };
 
 /// Tokens multiplied at once: 2 x 12 accumulators leave eight registers for weights, masks and activations.
-const BLOCK: usize = 12;
+pub(super) const BLOCK: usize = 12;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
 struct Avx512Vnni {
     isa: Isa,
+    /// Holds the layout of 1.6 bits only where the CPU has VBMI too.
+    layouts: &'static [PackedLayout],
 }
 
 /// The kernel, on a CPU that has its instructions.
 pub(super) fn detect() -> Option<&'static dyn TernaryKernel> {
     static KERNEL: std::sync::OnceLock<Avx512Vnni> = std::sync::OnceLock::new();
     let isa = Isa::avx512()?;
-    is_x86_feature_detected!("avx512vnni").then(|| KERNEL.get_or_init(|| Avx512Vnni { isa }) as &dyn TernaryKernel)
+    let layouts: &[PackedLayout] =
+        if is_x86_feature_detected!("avx512vbmi") { &PackedLayout::ALL } else { &[PackedLayout::T32x2Bit] };
+    is_x86_feature_detected!("avx512vnni")
+        .then(|| KERNEL.get_or_init(|| Avx512Vnni { isa, layouts }) as &dyn TernaryKernel)
 }
 
 impl TernaryKernel for Avx512Vnni {
@@ -39,8 +49,8 @@ impl TernaryKernel for Avx512Vnni {
         "x86_64-avx512vnni"
     }
 
-    fn layout(&self) -> PackedLayout {
-        PackedLayout::T32x2Bit
+    fn layouts(&self) -> &'static [PackedLayout] {
+        self.layouts
     }
 
     fn isa(&self) -> Isa {
@@ -48,13 +58,40 @@ impl TernaryKernel for Avx512Vnni {
     }
 
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-        // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
-        unsafe { gemv(w, x, out) }
+        check_gemv(self, w, x, out);
+        match w.layout() {
+            // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
+            PackedLayout::T32x2Bit => unsafe { gemv(w, x, out) },
+            // SAFETY: as above, and `check_gemv` found the layout in `layouts`, so `detect` saw VBMI.
+            PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemv(w, x, out) },
+        }
+    }
+
+    fn screen(
+        &self,
+        w: &ScreenRows<'_>,
+        x: &SplitActivations<'_>,
+        estimates: &mut ColumnsMut<'_>,
+        radii: &mut ColumnsMut<'_>,
+    ) {
+        check_screen(w, x, estimates, radii);
+        // SAFETY: as in `gemv`.
+        unsafe { screen(w, x, estimates, radii) }
+    }
+
+    fn multiply_registers(&self, rounds: u32) -> u64 {
+        // SAFETY: as in `gemv`.
+        unsafe { multiply_registers(rounds) }
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-        // SAFETY: as above.
-        unsafe { gemm(w, x, out) }
+        check_gemm(self, w, x, out);
+        match w.layout() {
+            // SAFETY: as in `gemv`.
+            PackedLayout::T32x2Bit => unsafe { gemm(w, x, out) },
+            // SAFETY: as in `gemv`.
+            PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemm(w, x, out) },
+        }
     }
 }
 
@@ -65,19 +102,15 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    gemm_by_blocks::<BLOCK>(w, x, out, |panel, block, sums| match sums.len() {
-        1 => panel_gemm::<1>(panel, block, sums),
-        2 => panel_gemm::<2>(panel, block, sums),
-        3 => panel_gemm::<3>(panel, block, sums),
-        4 => panel_gemm::<4>(panel, block, sums),
-        5 => panel_gemm::<5>(panel, block, sums),
-        6 => panel_gemm::<6>(panel, block, sums),
-        7 => panel_gemm::<7>(panel, block, sums),
-        8 => panel_gemm::<8>(panel, block, sums),
-        9 => panel_gemm::<9>(panel, block, sums),
-        10 => panel_gemm::<10>(panel, block, sums),
-        11 => panel_gemm::<11>(panel, block, sums),
-        _ => panel_gemm::<BLOCK>(panel, block, sums),
+    gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
+        by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, |panel, block, sums| {
+        by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, block, sums));
     });
 }
 
@@ -91,15 +124,14 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 /// 3. Weights are prefetched into the second-level cache, across the end of the panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
-    let num_tiles = panel.len() / TILE_BYTES;
-    assert!(codes.len() >= num_tiles * COLUMN_TILE, "codes are padded to whole tiles");
+    let num_tiles = num_tiles(panel, codes, 4, 1);
     let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm512_set1_epi8(mask.cast_signed()));
     let mut sums = [[_mm512_setzero_si512(); 4]; 2];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
         let halves = unsafe { load_tile(panel, tile) };
         for plane in 0..4 {
-            // SAFETY: 16 codes a tile, asserted above.
+            // SAFETY: 16 codes a tile, checked by `num_tiles`.
             let x = unsafe { broadcast(codes, 4 * tile + plane) };
             for half in 0..2 {
                 let weights = _mm512_and_si512(halves[half], masks[plane]);
@@ -113,26 +145,55 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
     }))
 }
 
-/// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that one pair of sums per token is enough, and the
-/// unpacking is shared by all tokens.
+/// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that they can share sums, of which there are as many
+/// sets as registers allow; the unpacking is shared by all tokens. It hides behind the multiplications, so that even for
+/// many tokens nothing is gained by unpacking once, which makes five times the bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
-    let num_tiles = panel.len() / TILE_BYTES;
-    assert!(block.len() >= num_tiles * COLUMN_TILE * N && out.len() == N, "a block of {N} tokens");
+    let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm512_set1_epi8(3);
-    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
         let mut halves = unsafe { load_tile(panel, tile) };
         for plane in 0..4 {
             let weights = halves.map(|half| _mm512_and_si512(half, mask));
             halves = halves.map(|half| _mm512_srli_epi16::<2>(half));
-            for (token, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: 16 codes a tile and token, asserted above.
+            for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
+                // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
                 for half in 0..2 {
                     sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
                 }
+            }
+        }
+    }
+    add_sets(&sums, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn multiply_unpacked(panel: &[u8], block: &[i8], sums: &mut [PanelSums]) {
+    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, block, sums));
+}
+
+/// ```text
+/// for step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
+/// ```
+/// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
+/// weights were unpacked just before.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_steps = num_tiles(panel, block, 1, N);
+    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    for step in 0..num_steps {
+        // SAFETY: the step's 128 bytes lie inside the panel.
+        let weights = unsafe { if SCREEN { load_tile(panel, step) } else { load(panel, step) } };
+        for (token, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: 4 codes a step and token, checked by `num_tiles`.
+            let x = unsafe { broadcast(block, step * N + token) };
+            for half in 0..2 {
+                let (unsigned, signed) = if SCREEN { (x, weights[half]) } else { (weights[half], x) };
+                sums[half] = _mm512_dpbusd_epi32(sums[half], unsigned, signed);
             }
         }
     }
@@ -141,17 +202,28 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
     }
 }
 
-/// The two halves, rows 0..16 and 16..32, of a tile; asks for the weights to come.
+/// [`load`], and asks for the weights to come.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-unsafe fn load_tile(panel: &[u8], tile: usize) -> [__m512i; 2] {
-    let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES);
-    let ahead = bytes.wrapping_add(PREFETCH_BYTES).cast::<i8>();
+pub(super) unsafe fn load_tile(panel: &[u8], tile: usize) -> [__m512i; 2] {
+    let ahead = panel.as_ptr().wrapping_add(tile * TILE_BYTES + PREFETCH_BYTES).cast::<i8>();
     _mm_prefetch::<_MM_HINT_T1>(ahead);
     _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(64));
+    // SAFETY: the caller's promise.
+    unsafe { load(panel, tile) }
+}
+
+/// The two halves, rows 0..16 and 16..32, of a tile, or of a step of an unpacked panel.
+///
+/// # Safety
+/// The tile must lie inside `panel`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn load(panel: &[u8], tile: usize) -> [__m512i; 2] {
+    let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES);
     // SAFETY: 128 bytes at `bytes`, by the caller's promise.
     unsafe { [_mm512_loadu_si512(bytes.cast()), _mm512_loadu_si512(bytes.add(64).cast())] }
 }
@@ -162,14 +234,45 @@ unsafe fn load_tile(panel: &[u8], tile: usize) -> [__m512i; 2] {
 /// `codes` must hold the word of index `word`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-unsafe fn broadcast(codes: &[i8], word: usize) -> __m512i {
+pub(super) unsafe fn broadcast(codes: &[i8], word: usize) -> __m512i {
     // SAFETY: the caller's promise.
     _mm512_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-fn store(halves: [__m512i; 2]) -> PanelSums {
+pub(super) fn store_bytes(halves: [__m512i; 2], out: &mut [u8; TILE_BYTES]) {
+    // SAFETY: 2 x 64 bytes.
+    unsafe {
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), halves[0]);
+        _mm512_storeu_si512(out.as_mut_ptr().add(64).cast(), halves[1]);
+    }
+}
+
+/// Sets of 2 x `n` sums that stay in registers: too few independent sums would wait for each other.
+pub(super) const fn num_sets(n: usize) -> usize {
+    match n {
+        0..=3 => 4,
+        4 => 2,
+        _ => 1,
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+pub(super) fn add_sets<const N: usize>(sets: &[[[__m512i; 2]; N]; 4], out: &mut [PanelSums]) {
+    for (token, out) in out.iter_mut().enumerate() {
+        let sum = |half: usize| {
+            let pair = |set: usize| _mm512_add_epi32(sets[set][token][half], sets[set + 1][token][half]);
+            _mm512_add_epi32(pair(0), pair(2))
+        };
+        *out = store([sum(0), sum(1)]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+pub(super) fn store(halves: [__m512i; 2]) -> PanelSums {
     let mut sums = [0; 32];
     // SAFETY: 2 x 16 sums of 4 bytes.
     unsafe {
@@ -177,4 +280,19 @@ fn store(halves: [__m512i; 2]) -> PanelSums {
         _mm512_storeu_si512(sums.as_mut_ptr().add(16).cast(), halves[1]);
     }
     sums
+}
+
+/// 16 independent sums, more than the latency of the multiplication times its rate.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn multiply_registers(rounds: u32) -> u64 {
+    const NUM_SUMS: usize = 16;
+    let mut sums = [_mm512_setzero_si512(); NUM_SUMS];
+    let (weights, x) = (std::hint::black_box(_mm512_set1_epi8(1)), std::hint::black_box(_mm512_set1_epi8(1)));
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, weights, x);
+        }
+    }
+    std::hint::black_box(sums);
+    u64::from(rounds) * (NUM_SUMS * 64) as u64
 }

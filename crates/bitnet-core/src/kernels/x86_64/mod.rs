@@ -2,6 +2,7 @@
 //! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller.
 
 mod avx2;
+mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
 
@@ -9,7 +10,9 @@ use std::cell::Cell;
 
 use super::{
     TernaryKernel, epilogue,
-    packing::{COLUMN_TILE, PackedRows, ROW_TILE},
+    packing::{PackedRows, ROW_TILE, TILE_BYTES},
+    screen::{ScreenRows, SplitActivations},
+    write_screen,
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -18,18 +21,38 @@ pub(super) fn detect() -> impl Iterator<Item = &'static dyn TernaryKernel> {
     [avx2::detect(), avx_vnni::detect(), avx512_vnni::detect()].into_iter().flatten()
 }
 
-/// Sums of products of the codes {0, 1, 2} of a panel's rows.
+/// Sums of products of a panel's rows.
 type PanelSums = [i32; ROW_TILE];
+
+/// Calls `$function::<N> $arguments` with the constant `N`, one of the list, that equals `$n`.
+macro_rules! by_tokens {
+    ($n:expr, [$($count:literal)*], $function:ident::<N> $arguments:tt) => {
+        match $n {
+            $($count => $function::<$count> $arguments,)*
+            n => unreachable!("a block of {n} tokens"),
+        }
+    };
+    ($n:expr, [$($count:literal)*], $function:ident::<N, $flag:literal> $arguments:tt) => {
+        match $n {
+            $($count => $function::<$count, $flag> $arguments,)*
+            n => unreachable!("a block of {n} tokens"),
+        }
+    };
+}
+use by_tokens;
 
 /// How far ahead weights are asked for. The hardware's own prefetcher alone leaves a third of the bandwidth unused.
 const PREFETCH_BYTES: usize = 8192;
 
-/// Bytes of activations kept interleaved at once: with a panel of weights they fit the second-level cache.
-const CHUNK_BYTES: usize = 384 * 1024;
+/// Scratch of the product in progress, kept between products.
+#[derive(Default)]
+struct Scratch {
+    interleaved: Vec<i8>,
+    unpacked: Vec<u8>,
+}
 
 thread_local! {
-    /// Interleaved activations of the product in progress, kept between products.
-    static INTERLEAVED: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
+    static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
 /// The product of one token: `multiply(panel, codes)` gives the sums of one panel.
@@ -40,65 +63,108 @@ fn gemv_by_panels(
     out: &mut [f32],
     multiply: impl Fn(&[u8], &[i8]) -> PanelSums,
 ) {
-    super::check_gemv(w, x, out);
     for (panel, out) in w.panels().zip(out.chunks_mut(ROW_TILE)) {
         write_outputs(&multiply(panel, x.codes(0)), x, 0, w.scale(), out);
     }
 }
 
-/// The product of many tokens, in blocks of at most `BLOCK`: `multiply(panel, block, sums)` gives the sums of one panel for
-/// `sums.len()` tokens, whose codes are interleaved in `block`: `[columns / 4, num_tokens, 4]`.
+/// Writes a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
+type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8]);
+
+/// The product of many tokens, in blocks of at most `block`. With `unpack`, `multiply` gets unpacked panels.
 ///
 /// ```text
-/// for chunk of tokens that fits the cache:      interleave it, once for all panels
-///     for panel of 32 rows:                     read from memory once a chunk
-///         for block of tokens in chunk:         the panel stays in the first-level cache
+/// interleave all tokens, once for all panels
+/// for panel of 32 rows:                     read from memory once
+///     unpack it, where there are blocks enough to share the work
+///     for block of tokens:                  the panel stays in the first or second-level cache
 /// ```
 #[inline(always)]
-fn gemm_by_blocks<const BLOCK: usize>(
+fn gemm_by_blocks(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
     out: &mut ColumnsMut<'_>,
+    block: usize,
+    unpack: Option<Unpack<'_>>,
     multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
 ) {
-    super::check_gemm(w, x, out);
-    let cols = w.cols().next_multiple_of(COLUMN_TILE);
-    let chunk_tokens = (CHUNK_BYTES / (BLOCK * cols)).max(1) * BLOCK;
-    let mut interleaved = INTERLEAVED.take();
-    let mut sums = [[0; ROW_TILE]; BLOCK];
-    for first in (0..x.num_tokens()).step_by(chunk_tokens) {
-        let end = x.num_tokens().min(first + chunk_tokens);
-        interleave::<BLOCK>(x, first..end, cols, &mut interleaved);
-        for (panel_index, panel) in w.panels().enumerate() {
-            let row = panel_index * ROW_TILE;
-            let rows = row..w.rows().min(row + ROW_TILE);
-            for (block_index, block) in interleaved.chunks(BLOCK * cols).enumerate() {
-                let sums = &mut sums[..block.len() / cols];
-                multiply(panel, block, sums);
-                for (token, sums) in (first + block_index * BLOCK..).zip(sums) {
-                    write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
-                }
+    let cols = w.cols().next_multiple_of(w.layout().column_tile());
+    // Blocks of one size: a small one would not fill the registers.
+    let num_tokens = x.num_tokens();
+    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
+    let mut scratch = SCRATCH.take();
+    interleave(num_tokens, block_tokens, cols, |token| x.codes(token), &mut scratch.interleaved);
+    scratch.unpacked.resize(ROW_TILE * cols, 0);
+    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
+    for (panel_index, mut panel) in w.panels().enumerate() {
+        let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+        if let Some(unpack) = unpack {
+            unpack(panel, &mut scratch.unpacked);
+            panel = &scratch.unpacked;
+        }
+        for (block_index, block) in scratch.interleaved.chunks(block_tokens * cols).enumerate() {
+            let sums = &mut sums[..block.len() / cols];
+            multiply(panel, block, sums);
+            for (token, sums) in (block_index * block_tokens..).zip(sums) {
+                write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
             }
         }
     }
-    INTERLEAVED.set(interleaved);
+    SCRATCH.set(scratch);
 }
 
-/// Arranges `tokens` as blocks `[columns / 4, num_tokens, 4]`: what one step of a kernel multiplies lies together.
-fn interleave<const BLOCK: usize>(
-    x: &QuantizedActivations<'_>,
-    tokens: std::ops::Range<usize>,
+/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` gives the sums of one panel for
+/// pairs of high and low halves, interleaved as tokens are.
+#[inline(always)]
+fn screen_by_blocks(
+    w: &ScreenRows<'_>,
+    x: &SplitActivations<'_>,
+    estimates: &mut ColumnsMut<'_>,
+    radii: &mut ColumnsMut<'_>,
+    block: usize,
+    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
+) {
+    let cols = w.cols().next_multiple_of(4);
+    let num_tokens = x.num_tokens();
+    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
+    let mut scratch = SCRATCH.take();
+    interleave(2 * num_tokens, 2 * block_tokens, cols, |half| x.halves(half), &mut scratch.interleaved);
+    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
+    for (panel_index, (panel, bounds)) in w.panels().enumerate() {
+        let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+        for (block_index, block) in scratch.interleaved.chunks(2 * block_tokens * cols).enumerate() {
+            let sums = &mut sums[..block.len() / cols];
+            multiply(panel, block, sums);
+            for (token, sums) in (block_index * block_tokens..).zip(sums.as_chunks().0) {
+                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+                write_screen(sums, bounds, x.row(token), estimates, radii);
+            }
+        }
+    }
+    SCRATCH.set(scratch);
+}
+
+/// The most tokens of any kernel's block.
+const MAX_BLOCK: usize = 12;
+
+/// Arranges rows of codes as blocks `[columns / 4, block_rows, 4]`: what one step of a kernel multiplies lies together.
+#[inline(always)]
+fn interleave<'a>(
+    num_rows: usize,
+    block_rows: usize,
     cols: usize,
+    codes: impl Fn(usize) -> &'a [i8],
     interleaved: &mut Vec<i8>,
 ) {
-    interleaved.resize(tokens.len() * cols, 0);
-    for (block, first) in interleaved.chunks_mut(BLOCK * cols).zip(tokens.step_by(BLOCK)) {
-        let num_tokens = block.len() / cols;
+    interleaved.resize(num_rows * cols, 0);
+    for (block, first) in interleaved.chunks_mut(block_rows * cols).zip((0..num_rows).step_by(block_rows)) {
+        let rows = block.len() / cols;
         let words = block.as_chunks_mut::<4>().0;
-        for index in 0..num_tokens {
-            let codes = x.codes(first + index)[..cols].as_chunks::<4>().0;
-            for (word, codes) in words[index..].iter_mut().step_by(num_tokens).zip(codes) {
-                *word = *codes;
+        for row in 0..rows {
+            let codes = codes(first + row)[..cols].as_chunks::<4>().0;
+            for (words, codes) in words.chunks_exact_mut(rows).zip(codes) {
+                words[row] = *codes;
             }
         }
     }
@@ -110,4 +176,12 @@ fn write_outputs(sums: &PanelSums, x: &QuantizedActivations<'_>, token: usize, s
     let (sum_of_codes, s) = (x.sums()[token], x.scales()[token]);
     let values = sums.map(|sum| epilogue(sum - sum_of_codes, s, scale));
     out.copy_from_slice(&values[..out.len()]);
+}
+
+/// What the unchecked loads of a kernel rely on: tiles of `planes` planes, and codes for all of them and `n` tokens.
+#[inline(always)]
+fn num_tiles(panel: &[u8], block: &[i8], planes: usize, n: usize) -> usize {
+    let num_tiles = panel.len() / TILE_BYTES;
+    assert!(block.len() >= num_tiles * 4 * planes * n, "codes of {n} tokens are padded to whole tiles");
+    num_tiles
 }

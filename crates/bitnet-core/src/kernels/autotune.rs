@@ -1,0 +1,56 @@
+//! Which packing is the fastest here: fewer bytes a weight against more work to decode them. Both give the same integers, so
+//! the answer, unlike any other measurement, may decide how a model runs.
+
+use super::{
+    TernaryKernel,
+    limits::best_of,
+    packing::{PackedLayout, PackedTernary, ROW_TILE},
+};
+use crate::{
+    quant::activation::ActivationBuffer,
+    threads::{SharedRows, WorkerPool},
+};
+
+/// Columns of the matrix that is timed.
+const COLS: usize = 2560;
+/// More than this would only take longer: no last-level cache holds it.
+const MAX_BYTES: usize = 256 << 20;
+/// Passes over the matrix, of which the fastest counts.
+const ROUNDS: u32 = 4;
+
+/// Times a matrix-vector product in every layout of `kernel` on all workers of `pool`, and returns the fastest layout.
+/// `weight_bytes` is what the model's weights take at 2 bits each: a model that fits the cache is judged in the cache, and
+/// no more memory than the model will need is touched. Takes about a tenth of a second for a large one.
+///
+/// # Panics
+/// When memory is exhausted.
+pub fn autotune(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, weight_bytes: usize) -> PackedLayout {
+    let mut fastest = (f64::INFINITY, kernel.layout());
+    if kernel.layouts().len() > 1 {
+        let row_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) / ROW_TILE;
+        let rows = (weight_bytes.min(MAX_BYTES) / row_bytes).next_multiple_of(ROW_TILE).max(ROW_TILE);
+        for &layout in kernel.layouts() {
+            let seconds = time(kernel, pool, rows, layout);
+            tracing::debug!(layout = layout.name(), rows, seconds, "timed a packing");
+            if seconds < fastest.0 {
+                fastest = (seconds, layout);
+            }
+        }
+    }
+    fastest.1
+}
+
+fn time(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, rows: usize, layout: PackedLayout) -> f64 {
+    let weights = PackedTernary::arbitrary(rows, COLS, layout, pool);
+    let mut x = ActivationBuffer::new(1, COLS);
+    x.quantize_row(0, &[1.0; COLS]);
+    let x = x.view(1, COLS);
+    let mut out = vec![0.0; rows];
+    best_of(ROUNDS, || {
+        let shared = SharedRows::new(&mut out, 1);
+        pool.run(&|worker| {
+            let share = worker.share(rows, ROW_TILE);
+            kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
+        });
+    })
+}

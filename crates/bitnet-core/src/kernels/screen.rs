@@ -1,0 +1,331 @@
+//! The head in 8 bits: a matrix that every kernel multiplies into estimates with error radii, and the choice of the rows
+//! that must be scored exactly. The mathematics is in [`crate::quant::screen`].
+//!
+//! Memory: panels of 32 rows, `[columns / 4, 32 rows, 4]` codes, like an unpacked ternary panel.
+
+use std::ops::Range;
+
+use memmap2::MmapMut;
+
+use super::{
+    FloatOp, Isa,
+    packing::{ROW_TILE, TILE_BYTES, huge_pages, in_parallel},
+};
+use crate::{
+    quant::screen::{SplitRow, WeightRow, quantize_weights, split_activations},
+    threads::{SharedRows, WorkerPool},
+};
+
+/// Where weights come from: writes the row given by its index.
+pub type DecodeFloats<'d, E> = dyn Fn(usize, &mut [f32]) -> Result<(), E> + Sync + 'd;
+
+/// A dense matrix `[rows, cols]` in 8 bits.
+#[derive(Debug)]
+pub struct ScreenMatrix {
+    memory: MmapMut,
+    bounds: Vec<PanelBounds>,
+    rows: usize,
+    cols: usize,
+}
+
+/// What is known of the rows of a panel, field by field, so that the rows make a vector; padding rows are zero.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PanelBounds {
+    scales: [f32; ROW_TILE],
+    code_sums: [i32; ROW_TILE],
+    residual_norms: [f32; ROW_TILE],
+    code_norms: [f32; ROW_TILE],
+}
+
+impl PanelBounds {
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> WeightRow {
+        WeightRow {
+            scale: self.scales[row],
+            code_sum: self.code_sums[row],
+            residual_norm: self.residual_norms[row],
+            code_norm: self.code_norms[row],
+        }
+    }
+
+    fn set_row(&mut self, row: usize, known: WeightRow) {
+        self.scales[row] = known.scale;
+        self.code_sums[row] = known.code_sum;
+        self.residual_norms[row] = known.residual_norm;
+        self.code_norms[row] = known.code_norm;
+    }
+}
+
+impl ScreenMatrix {
+    /// Packs a matrix that `decode_row` gives row by row, in parallel on `pool`.
+    ///
+    /// # Errors
+    /// The error of the lowest row that could not be decoded.
+    ///
+    /// # Panics
+    /// When a dimension is 0, `cols` exceeds [`MAX_COLS`](super::packing::MAX_COLS), or memory is exhausted.
+    pub fn pack<E: Send>(
+        rows: usize,
+        cols: usize,
+        isa: Isa,
+        pool: &mut WorkerPool,
+        decode_row: &DecodeFloats<'_, E>,
+    ) -> Result<Self, E> {
+        assert!(rows > 0 && (1..=super::packing::MAX_COLS).contains(&cols), "cannot pack a matrix of {rows} x {cols}");
+        let (panel_bytes, num_panels) = (panel_bytes(cols), rows.div_ceil(ROW_TILE));
+        let mut memory = huge_pages(num_panels * panel_bytes);
+        let mut bounds = vec![PanelBounds::default(); num_panels];
+        let shared_panels = SharedRows::new(&mut memory[..], panel_bytes);
+        let shared_bounds = SharedRows::new(&mut bounds, 1);
+        in_parallel(num_panels, pool, &|share| {
+            let panels = shared_panels.claim(share.clone()).chunks_exact_mut(panel_bytes);
+            let bounds = shared_bounds.claim(share.clone());
+            let (mut weights, mut codes) = (vec![0.0; cols], vec![0; cols.next_multiple_of(4)]);
+            for (panel_index, (panel, bounds)) in share.zip(panels.zip(bounds)) {
+                let first_row = panel_index * ROW_TILE;
+                for row in 0..ROW_TILE.min(rows - first_row) {
+                    decode_row(first_row + row, &mut weights).map_err(|error| (first_row + row, error))?;
+                    bounds.set_row(row, isa.run(Quantize { weights: &weights, codes: &mut codes[..cols] }));
+                    let words = panel.as_chunks_mut::<4>().0[row..].iter_mut().step_by(ROW_TILE);
+                    for (word, codes) in words.zip(codes.as_chunks::<4>().0) {
+                        *word = codes.map(i8::cast_unsigned);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { memory, bounds, rows, cols })
+    }
+
+    /// Rows: outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of the codes and of what is known of the rows.
+    pub fn bytes(&self) -> usize {
+        self.memory.len() + size_of_val(&self.bounds[..])
+    }
+
+    /// The rows `rows`, for one worker.
+    ///
+    /// # Panics
+    /// When `rows` reaches outside, or starts or ends inside a tile of [`ROW_TILE`] rows (the last row may end it).
+    pub fn slice(&self, rows: Range<usize>) -> ScreenRows<'_> {
+        let panels = super::packing::whole_panels(rows.clone(), self.rows);
+        let panel_bytes = panel_bytes(self.cols);
+        ScreenRows {
+            codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
+            bounds: &self.bounds[panels],
+            rows: rows.len(),
+            cols: self.cols,
+        }
+    }
+}
+
+/// Whole tiles of rows of a [`ScreenMatrix`].
+#[derive(Clone, Copy, Debug)]
+pub struct ScreenRows<'a> {
+    codes: &'a [u8],
+    bounds: &'a [PanelBounds],
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> ScreenRows<'a> {
+    /// Rows: outputs of the product.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs of the product.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The codes of each panel and what is known of its rows.
+    pub(super) fn panels(&self) -> impl Iterator<Item = (&'a [u8], &'a PanelBounds)> + use<'a> {
+        self.codes.chunks_exact(panel_bytes(self.cols)).zip(self.bounds)
+    }
+}
+
+/// Inputs of a screen, in memory allocated once.
+#[derive(Debug)]
+pub struct ScreenInputs {
+    // codes: [max_tokens, 2, stride], high halves and then low ones
+    codes: Vec<i8>,
+    rows: Vec<SplitRow>,
+    cols: usize,
+    stride: usize,
+}
+
+impl ScreenInputs {
+    /// Room for `max_tokens` rows of `cols` values.
+    pub fn new(max_tokens: usize, cols: usize) -> Self {
+        let stride = cols.next_multiple_of(4);
+        Self { codes: vec![0; 2 * max_tokens * stride], rows: vec![SplitRow::default(); max_tokens], cols, stride }
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + size_of_val(&self.rows[..])
+    }
+
+    /// Takes in `x` as row `token`.
+    ///
+    /// # Panics
+    /// When there is no such row or `x` is not as wide as the buffer was made for.
+    pub fn set(&mut self, token: usize, x: &[f32], isa: Isa) {
+        assert_eq!(x.len(), self.cols, "width of an input");
+        let (high, low) = self.codes[2 * token * self.stride..][..2 * self.stride].split_at_mut(self.stride);
+        self.rows[token] = isa.run(Split { x, high: &mut high[..x.len()], low: &mut low[..x.len()] });
+    }
+
+    /// The first `num_tokens` rows.
+    ///
+    /// # Panics
+    /// When the buffer has fewer.
+    pub fn view(&self, num_tokens: usize) -> SplitActivations<'_> {
+        let codes = &self.codes[..2 * num_tokens * self.stride];
+        SplitActivations { codes, rows: &self.rows[..num_tokens], cols: self.cols, stride: self.stride }
+    }
+}
+
+/// Inputs in 14 bits, ready for a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitActivations<'a> {
+    codes: &'a [i8],
+    rows: &'a [SplitRow],
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a> SplitActivations<'a> {
+    /// Tokens (rows).
+    pub fn num_tokens(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Values per row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// What is known of row `token`.
+    pub fn row(&self, token: usize) -> &'a SplitRow {
+        &self.rows[token]
+    }
+
+    /// The codes `2 token` (high) and `2 token + 1` (low), padded to a multiple of four.
+    pub(super) fn halves(&self, half: usize) -> &'a [i8] {
+        &self.codes[half * self.stride..][..self.stride]
+    }
+}
+
+/// Finds the rows whose exact values must be known, in memory allocated once.
+#[derive(Debug, Default)]
+pub struct Selection {
+    lower_bounds: Vec<f32>,
+    candidates: Vec<u32>,
+}
+
+impl Selection {
+    /// The ids of all rows that can be among the `k` largest, ascending; at least `k` (or all).
+    ///
+    /// With `lower = estimate - radius` and `upper = estimate + radius`, let `T` be such that `k` rows have `lower >= T`.
+    /// A row with `upper < T` is smaller than these `k`: it is neither one of the largest nor tied with them. Rounding
+    /// cannot change this, for the exact values are `f32` too and rounding is monotone. `T` is the `k`-th largest of
+    /// the maxima of groups of rows, hardly less than that of all.
+    ///
+    /// Anything monotone, such as a temperature and noise, may have been applied to both bounds alike.
+    ///
+    /// # Panics
+    /// When the lengths differ or `k` is 0.
+    pub fn candidates(&mut self, estimates: &[f32], radii: &[f32], k: usize, isa: Isa) -> &[u32] {
+        assert!(k > 0 && estimates.len() == radii.len(), "{k} of {} and {} rows", estimates.len(), radii.len());
+        self.candidates.clear();
+        isa.run(Select { estimates, radii, k, selection: self });
+        &self.candidates
+    }
+}
+
+/// Rows of a group; the compiler makes vectors of it.
+const GROUP: usize = 32;
+
+struct Select<'a> {
+    estimates: &'a [f32],
+    radii: &'a [f32],
+    k: usize,
+    selection: &'a mut Selection,
+}
+
+impl FloatOp for Select<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { estimates, radii, k, selection: Selection { lower_bounds, candidates } } = self;
+        if k >= estimates.len() {
+            candidates.extend(0..estimates.len() as u32);
+            return;
+        }
+        let group = if estimates.len() / GROUP >= 4 * k { GROUP } else { 1 };
+        lower_bounds.clear();
+        lower_bounds.extend(estimates.chunks(group).zip(radii.chunks(group)).map(|(estimates, radii)| {
+            let lower = estimates.iter().zip(radii).map(|(estimate, radius)| estimate - radius);
+            // NaN, of an infinite estimate or of noise, never counts as large.
+            lower.fold(f32::NEG_INFINITY, |max, lower| if lower > max { lower } else { max })
+        }));
+        let descending = |a: &f32, b: &f32| b.total_cmp(a);
+        let (_, &mut threshold, _) = lower_bounds.select_nth_unstable_by(k - 1, descending);
+        // Negated, so that NaN is kept.
+        #[allow(clippy::neg_cmp_op_on_partial_ord)]
+        let possible = |estimate: f32, radius: f32| !(estimate + radius < threshold);
+        let groups = estimates.chunks(GROUP).zip(radii.chunks(GROUP)).zip((0..).step_by(GROUP));
+        for ((estimates, radii), first) in groups {
+            let rows = estimates.iter().zip(radii);
+            if rows.clone().fold(false, |any, (&estimate, &radius)| any | possible(estimate, radius)) {
+                let ids = rows.zip(first..).filter(|((estimate, radius), _)| possible(**estimate, **radius));
+                candidates.extend(ids.map(|(_, id)| id));
+            }
+        }
+    }
+}
+
+struct Quantize<'a> {
+    weights: &'a [f32],
+    codes: &'a mut [i8],
+}
+
+impl FloatOp for Quantize<'_> {
+    type Output = WeightRow;
+
+    #[inline(always)]
+    fn call(self) -> WeightRow {
+        quantize_weights(self.weights, self.codes)
+    }
+}
+
+struct Split<'a> {
+    x: &'a [f32],
+    high: &'a mut [i8],
+    low: &'a mut [i8],
+}
+
+impl FloatOp for Split<'_> {
+    type Output = SplitRow;
+
+    #[inline(always)]
+    fn call(self) -> SplitRow {
+        split_activations(self.x, self.high, self.low)
+    }
+}
+
+const fn panel_bytes(cols: usize) -> usize {
+    cols.div_ceil(4) * TILE_BYTES
+}

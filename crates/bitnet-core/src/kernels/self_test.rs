@@ -1,0 +1,147 @@
+//! The test every kernel passes before it serves: products whose results are known from their definition, on the very CPU
+//! that will compute them. An untested CPU, emulator or compiler otherwise shows as fluent nonsense.
+
+use super::{
+    TernaryKernel, available,
+    packing::{PackedLayout, PackedTernary},
+    screen::{ScreenInputs, ScreenMatrix},
+};
+use crate::{
+    quant::activation::ActivationBuffer,
+    threads::{ColumnsMut, WorkerPool},
+};
+
+/// A kernel gave a wrong result: the CPU, its emulation or the compiler is at fault, and the kernel must not be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("wrong {operation} of {rows} x {cols} weights and {num_tokens} tokens")]
+pub struct SelfTestFailure {
+    /// What was computed: `2bit product`, `1.6bit product` or `screen`.
+    pub operation: String,
+    /// Rows of the weights.
+    pub rows: usize,
+    /// Columns of the weights.
+    pub cols: usize,
+    /// Tokens of the activations.
+    pub num_tokens: usize,
+}
+
+/// Tests every kernel of this CPU, in some milliseconds. In the order of [`available`].
+pub fn self_test() -> Vec<(&'static str, Result<(), SelfTestFailure>)> {
+    available().iter().map(|kernel| (kernel.name(), test(*kernel))).collect()
+}
+
+/// Tests one kernel.
+///
+/// # Errors
+/// The first product that was not what its definition says.
+pub(super) fn test(kernel: &dyn TernaryKernel) -> Result<(), SelfTestFailure> {
+    let mut pool = WorkerPool::new(1);
+    // Every number of tokens that has code of its own, and enough of them for panels to be unpacked.
+    for num_tokens in (1..=13).chain([26]) {
+        test_case(&Case::mixed(45, 180, num_tokens), kernel, &mut pool)?;
+    }
+    for (weight, x) in [(1, 1.0), (1, -1.0), (-1, 1.0), (-1, -1.0)] {
+        test_case(&Case::constant(33, 2560, weight, x), kernel, &mut pool)?;
+    }
+    test_case(&Case::mixed(33, 8640, 1), kernel, &mut pool)
+}
+
+/// `weights: [rows, cols]`, `x: [num_tokens, cols]`.
+struct Case {
+    rows: usize,
+    cols: usize,
+    num_tokens: usize,
+    weights: Vec<i8>,
+    x: Vec<f32>,
+}
+
+impl Case {
+    /// All weights and all codes, in an order without a period.
+    fn mixed(rows: usize, cols: usize, num_tokens: usize) -> Self {
+        let mut state = 1_u32;
+        let mut next = move |bound: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % bound
+        };
+        let weights = (0..rows * cols).map(|_| next(3) as i8 - 1).collect();
+        let x = (0..num_tokens * cols).map(|_| next(255) as f32 - 127.0).collect();
+        Self { rows, cols, num_tokens, weights, x }
+    }
+
+    /// The largest sums there are.
+    fn constant(rows: usize, cols: usize, weight: i8, x: f32) -> Self {
+        Self { rows, cols, num_tokens: 2, weights: vec![weight; rows * cols], x: vec![x; 2 * cols] }
+    }
+}
+
+fn test_case(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Result<(), SelfTestFailure> {
+    let &Case { rows, cols, num_tokens, .. } = case;
+    let failure = |operation: String| SelfTestFailure { operation, rows, cols, num_tokens };
+    for &layout in kernel.layouts() {
+        if !is_product_right(case, layout, kernel, pool) {
+            return Err(failure(format!("{} product", layout.name())));
+        }
+    }
+    if is_screen_right(case, kernel, pool) { Ok(()) } else { Err(failure("screen".to_owned())) }
+}
+
+fn is_product_right(case: &Case, layout: PackedLayout, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
+    const SCALE: f32 = 0.75;
+    let &Case { rows, cols, num_tokens, .. } = case;
+    let decode = |row: usize, out: &mut [i8]| {
+        out.copy_from_slice(&case.weights[row * cols..][..cols]);
+        Ok::<(), std::convert::Infallible>(())
+    };
+    let Ok(packed) = PackedTernary::pack(rows, cols, SCALE, layout, pool, &decode);
+    let mut buffer = ActivationBuffer::new(num_tokens, cols);
+    for (token, x) in case.x.chunks_exact(cols).enumerate() {
+        buffer.quantize_row(token, x);
+    }
+    let x = buffer.view(num_tokens, cols);
+    let mut out = vec![f32::NAN; num_tokens * rows];
+    if num_tokens == 1 {
+        kernel.gemv(&packed.slice(0..rows), &x, &mut out);
+    } else {
+        kernel.gemm(&packed.slice(0..rows), &x, &mut ColumnsMut::new(&mut out, rows));
+    }
+    (0..num_tokens).zip(out.chunks_exact(rows)).all(|(token, out)| {
+        case.weights.chunks_exact(cols).zip(out).all(|(weights, out)| {
+            let products = weights.iter().zip(x.codes(token)).map(|(&w, &q)| i32::from(w) * i32::from(q));
+            let expected = super::epilogue(products.sum(), x.scales()[token], SCALE);
+            expected.to_bits() == out.to_bits()
+        })
+    })
+}
+
+/// The exact value of every row lies inside its bounds, and these are narrow.
+fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
+    let &Case { rows, cols, num_tokens, .. } = case;
+    let decode = |row: usize, out: &mut [f32]| {
+        for (out, (&weight, x)) in out.iter_mut().zip(case.weights[row * cols..].iter().zip(&case.x)) {
+            *out = f32::from(weight) + x / 128.0;
+        }
+        Ok::<(), std::convert::Infallible>(())
+    };
+    let Ok(matrix) = ScreenMatrix::pack(rows, cols, kernel.isa(), pool, &decode);
+    let mut inputs = ScreenInputs::new(num_tokens, cols);
+    for (token, x) in case.x.chunks_exact(cols).enumerate() {
+        inputs.set(token, x, kernel.isa());
+    }
+    let (mut estimates, mut radii) = (vec![f32::NAN; num_tokens * rows], vec![f32::NAN; num_tokens * rows]);
+    kernel.screen(
+        &matrix.slice(0..rows),
+        &inputs.view(num_tokens),
+        &mut ColumnsMut::new(&mut estimates, rows),
+        &mut ColumnsMut::new(&mut radii, rows),
+    );
+    let mut weights = vec![0.0; cols];
+    (0..rows).all(|row| {
+        let Ok(()) = decode(row, &mut weights);
+        let norm = super::math::sum_squares_16(&weights).sqrt();
+        case.x.chunks_exact(cols).enumerate().all(|(token, x)| {
+            let (estimate, radius) = (estimates[token * rows + row], radii[token * rows + row]);
+            let exact = super::math::dot_16(&weights, x);
+            (exact - estimate).abs() <= radius && radius <= 0.05 * norm * super::math::sum_squares_16(x).sqrt()
+        })
+    })
+}

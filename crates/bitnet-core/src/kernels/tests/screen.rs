@@ -1,0 +1,218 @@
+//! The screen: every kernel gives the bits of the scalar one, no exact value is ever outside its bounds, and the rows that
+//! count are always among the candidates.
+
+use std::convert::Infallible;
+
+use super::Random;
+use crate::{
+    kernels::{
+        FloatOp, Isa, available, math,
+        packing::ROW_TILE,
+        screen::{ScreenInputs, ScreenMatrix, Selection},
+        select,
+    },
+    threads::{ColumnsMut, SharedColumns, WorkerPool},
+};
+
+/// `weights: [rows, cols]`, `x: [num_tokens, cols]`.
+struct Case {
+    rows: usize,
+    cols: usize,
+    weights: Vec<f32>,
+    x: Vec<f32>,
+}
+
+impl Case {
+    fn random(rows: usize, cols: usize, num_tokens: usize) -> Self {
+        let mut random = Random((rows * 7919 + cols * 31 + num_tokens) as u64);
+        Self { rows, cols, weights: random.floats(rows * cols), x: random.floats(num_tokens * cols) }
+    }
+
+    fn num_tokens(&self) -> usize {
+        self.x.len() / self.cols
+    }
+
+    fn pack(&self, isa: Isa) -> ScreenMatrix {
+        let decode = |row: usize, out: &mut [f32]| {
+            out.copy_from_slice(&self.weights[row * self.cols..][..self.cols]);
+            Ok::<(), Infallible>(())
+        };
+        let Ok(matrix) = ScreenMatrix::pack(self.rows, self.cols, isa, &mut WorkerPool::new(2), &decode);
+        matrix
+    }
+
+    /// Estimates and radii, `[num_tokens, rows]` each, by the kernel called `name`.
+    fn screen(&self, name: &str) -> (Vec<f32>, Vec<f32>) {
+        let kernel = select(name).unwrap();
+        let matrix = self.pack(kernel.isa());
+        let mut inputs = ScreenInputs::new(self.num_tokens(), self.cols);
+        for (token, x) in self.x.chunks_exact(self.cols).enumerate() {
+            inputs.set(token, x, kernel.isa());
+        }
+        let len = self.num_tokens() * self.rows;
+        let (mut estimates, mut radii) = (vec![f32::NAN; len], vec![f32::NAN; len]);
+        kernel.screen(
+            &matrix.slice(0..self.rows),
+            &inputs.view(self.num_tokens()),
+            &mut ColumnsMut::new(&mut estimates, self.rows),
+            &mut ColumnsMut::new(&mut radii, self.rows),
+        );
+        (estimates, radii)
+    }
+
+    /// Checks the bits of every kernel, and every bound against the product in `f64` and in 16-lane `f32`.
+    fn check(&self, label: &str) {
+        let (estimates, radii) = self.screen("scalar");
+        for kernel in available() {
+            let (ours, distances) = self.screen(kernel.name());
+            let equal = |a: &[f32], b: &[f32]| super::bits(a) == super::bits(b);
+            assert!(equal(&ours, &estimates) && equal(&distances, &radii), "{} {label}", kernel.name());
+        }
+        for (token, x) in self.x.chunks_exact(self.cols).enumerate() {
+            for (row, weights) in self.weights.chunks_exact(self.cols).enumerate() {
+                let (estimate, radius) = (estimates[token * self.rows + row], radii[token * self.rows + row]);
+                let exact: f64 = weights.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                let off = |value: f64| (value - f64::from(estimate)).abs();
+                let worst = off(exact).max(off(f64::from(math::dot_16(weights, x))));
+                // An infinite radius holds whatever there is, even what is not a number.
+                assert!(radius == f32::INFINITY || worst <= f64::from(radius), "{label}: {worst} > {radius}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bounds_hold_and_kernels_agree_on_random_values() {
+    for rows in [1, 31, 32, 33, 70] {
+        for cols in [1, 3, 4, 5, 64, 130] {
+            Case::random(rows, cols, 3).check(&format!("{rows} x {cols}"));
+        }
+    }
+    for num_tokens in 1..=13 {
+        Case::random(40, 50, num_tokens).check(&format!("{num_tokens} tokens"));
+    }
+    Case::random(33, 2560, 2).check("a real width");
+}
+
+#[test]
+fn bounds_hold_for_adversarial_values() {
+    let cols = 67;
+    let patterns: [fn(usize) -> f32; 12] = [
+        |_| 0.0,
+        |_| 1.0,
+        |i| if i % 2 == 0 { 1.0 } else { -1.0 },
+        |i| if i == 5 { 1e4 } else { 0.49 },
+        |i| if i == 66 { -127.0 } else { 0.5 },
+        |i| 63.5 + i as f32,
+        |i| f32::from_bits(i as u32 + 1),
+        |i| 1e-36 * i as f32,
+        |i| 1e18 * (i as f32 - 30.0),
+        |_| 3e38,
+        |i| if i == 3 { f32::NAN } else { 1.0 },
+        |i| if i == 40 { f32::NEG_INFINITY } else { 1.0 },
+    ];
+    let all: Vec<f32> = patterns.iter().flat_map(|pattern| (0..cols).map(pattern)).collect();
+    Case { rows: patterns.len(), cols, weights: all.clone(), x: all }.check("patterns against patterns");
+}
+
+#[test]
+fn sums_at_the_widest_do_not_overflow() {
+    for sign in [1.0, -1.0] {
+        Case { rows: 1, cols: 65_536, weights: vec![1.0; 65_536], x: vec![sign; 65_536] }.check("all at the limit");
+    }
+}
+
+#[test]
+fn radii_are_small_enough_to_be_useful() {
+    let case = Case::random(64, 2560, 1);
+    let (_, radii) = case.screen("auto");
+    let norm = |values: &[f32]| math::sum_squares_16(values).sqrt();
+    for (weights, radius) in case.weights.chunks_exact(2560).zip(radii) {
+        assert!(radius < 0.01 * norm(weights) * norm(&case.x));
+    }
+}
+
+#[test]
+fn splitting_rows_among_workers_changes_nothing() {
+    let case = Case::random(200, 60, 3);
+    let (expected, _) = case.screen("scalar");
+    let kernel = select("auto").unwrap();
+    let matrix = case.pack(kernel.isa());
+    let mut inputs = ScreenInputs::new(3, 60);
+    for (token, x) in case.x.chunks_exact(60).enumerate() {
+        inputs.set(token, x, kernel.isa());
+    }
+    let (mut estimates, mut radii) = (vec![0.0; 600], vec![0.0; 600]);
+    let shared = [&mut estimates, &mut radii].map(|out| SharedColumns::new(out, 200, ROW_TILE));
+    WorkerPool::new(3).run(&|worker| {
+        let share = worker.share(200, ROW_TILE);
+        let [mut estimates, mut radii] = shared.each_ref().map(|out| out.claim(share.clone()));
+        kernel.screen(&matrix.slice(share), &inputs.view(3), &mut estimates, &mut radii);
+    });
+    assert_eq!(super::bits(&estimates), super::bits(&expected));
+}
+
+#[test]
+fn packing_reports_the_lowest_row_that_fails() {
+    let decode = |row: usize, _: &mut [f32]| if row == 40 || row >= 70 { Err(row) } else { Ok(()) };
+    let result = ScreenMatrix::pack(300, 20, Isa::BASELINE, &mut WorkerPool::new(3), &decode);
+    assert_eq!(result.unwrap_err(), 40);
+}
+
+/// Exact logits, as the head computes them.
+struct Exact<'a>(&'a Case, &'a [f32]);
+
+impl FloatOp for Exact<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<f32> {
+        self.0.weights.chunks_exact(self.0.cols).map(|weights| math::dot_16(weights, self.1)).collect()
+    }
+}
+
+#[test]
+fn the_largest_are_always_candidates_and_few_others() {
+    const STATES: usize = 10_000;
+    let (rows, cols) = (300, 48);
+    let mut case = Case::random(rows, cols, STATES);
+    // Ties: some rows come twice.
+    for row in (0..60).step_by(3) {
+        case.weights.copy_within(row * cols..(row + 1) * cols, (row + 150) * cols);
+    }
+    let (estimates, radii) = case.screen("auto");
+    let isa = *Isa::available().last().unwrap();
+    let mut selection = Selection::default();
+    let mut num_candidates = 0;
+    for state in 0..STATES {
+        let exact = isa.run(Exact(&case, &case.x[state * cols..][..cols]));
+        let of_state = state * rows..(state + 1) * rows;
+        let mut sorted = exact.clone();
+        sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+        for k in [1, 2, 40] {
+            let found = selection.candidates(&estimates[of_state.clone()], &radii[of_state.clone()], k, isa);
+            assert!(found.is_sorted());
+            let needed = (0..rows as u32).filter(|id| exact[*id as usize] >= sorted[k - 1]);
+            assert!(needed.clone().count() >= k);
+            needed.for_each(|id| assert!(found.binary_search(&id).is_ok(), "{id} of state {state}, k = {k}"));
+            if k == 1 {
+                num_candidates += found.len();
+            }
+        }
+    }
+    assert!(num_candidates < 4 * STATES, "{num_candidates} candidates for {STATES} states");
+}
+
+#[test]
+fn candidates_are_never_lost_to_values_that_are_not_numbers() {
+    let mut selection = Selection::default();
+    let mut estimates = vec![0.0; 1000];
+    let mut radii = vec![0.5; 1000];
+    estimates[700] = 10.0;
+    (estimates[3], estimates[4], radii[999]) = (f32::NAN, 9.5, f32::INFINITY);
+    for isa in Isa::available() {
+        assert_eq!(selection.candidates(&estimates, &radii, 1, isa), [3, 4, 700, 999]);
+        assert_eq!(selection.candidates(&[1.0, 2.0], &[0.0, 0.0], 5, isa), [0, 1]);
+        assert_eq!(selection.candidates(&[1.0, 2.0, 2.0], &[0.0; 3], 1, isa), [1, 2]);
+    }
+}

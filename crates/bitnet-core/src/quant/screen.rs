@@ -1,0 +1,156 @@
+//! Rows of a dense matrix in 8 bits with proven error bounds, and activations in 14 bits: a cheap first look at a product
+//! that says which rows deserve the exact one.
+//!
+//! A row `w` becomes `s q + e`, with int8 codes `q`, and an input `x` becomes `t p + d`, with 14-bit codes `p`. So
+//!
+//! ```text
+//! w.x = s t q.p  +  s q.d  +  e.x
+//! |w.x - s t q.p|  <=  s |q| |d|  +  |e| |x|            (Cauchy-Schwarz, twice)
+//! ```
+//!
+//! The norms are computed in `f64` from what is really stored and rounded up. What is compared in the end is not `w.x` but
+//! the 16-lane `f32` sum of `cols / 16 + 5` roundings a lane, off by at most that many times 2^-24 of `sum |w_i x_i|
+//! <= (s |q| + |e|) |x|`; [`SplitRow::radius`] adds this, the rounding of the estimate and its own.
+
+/// Codes of weights are at most this.
+pub const MAX_WEIGHT_CODE: i32 = 127;
+
+/// Codes of activations are at most this.
+pub const MAX_ACTIVATION_CODE: i32 = 8191;
+
+/// Added to activation codes so that both halves, of 7 bits, are unsigned: instructions multiply unsigned by signed bytes,
+/// and those without VNNI add two products in 16 bits.
+pub const ACTIVATION_BIAS: i32 = 1 << 13;
+
+/// What is known of a row of weights beside its codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct WeightRow {
+    /// `s`.
+    pub scale: f32,
+    /// Sum of the codes: takes the bias of the activations off again.
+    pub code_sum: i32,
+    /// At least `|e|`; infinite when a weight is not finite, so that the row is never ruled out.
+    pub residual_norm: f32,
+    /// At least `s |q|`.
+    pub code_norm: f32,
+}
+
+/// What is known of an input beside its codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SplitRow {
+    /// `t`.
+    pub step: f32,
+    /// At least `|x|`; infinite when a value is not finite.
+    pub norm: f32,
+    /// At least `|d|`.
+    pub residual_norm: f32,
+    /// Relative error of the exact product's additions.
+    pub rounding: f32,
+}
+
+/// Writes the codes of a row of weights; absmax, ties to even.
+#[inline(always)]
+pub fn quantize_weights(weights: &[f32], codes: &mut [i8]) -> WeightRow {
+    let absmax = absmax(weights);
+    if !absmax.is_finite() {
+        codes.fill(0);
+        return WeightRow { scale: 0.0, code_sum: 0, residual_norm: f32::INFINITY, code_norm: f32::MIN_POSITIVE };
+    }
+    let scale = absmax.max(TINY) / MAX_WEIGHT_CODE as f32;
+    let inverse = MAX_WEIGHT_CODE as f32 / absmax.max(TINY);
+    let code_of = |weight: f32| round(weight * inverse).clamp(-MAX_WEIGHT_CODE, MAX_WEIGHT_CODE);
+    let mut code_sum = 0;
+    let mut code_square = 0;
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        let q = code_of(weight);
+        *code = q as i8;
+        code_sum += q;
+        code_square += q * q;
+    }
+    let residual = norm(weights, |weight| f64::from(weight) - f64::from(scale) * f64::from(code_of(weight)));
+    let code_norm = f64::from(scale) * f64::from(code_square).sqrt();
+    WeightRow { scale, code_sum, residual_norm: round_up(residual), code_norm: round_up(code_norm) }
+}
+
+/// Writes the high and low halves of the biased codes of an input; absmax, ties to even.
+#[inline(always)]
+pub fn split_activations(x: &[f32], high: &mut [i8], low: &mut [i8]) -> SplitRow {
+    let rounding = (x.len() / 16 + 8) as f32 * (1.01 / (1 << 24) as f32);
+    let absmax = absmax(x);
+    if !absmax.is_finite() {
+        high.fill(0);
+        low.fill(0);
+        return SplitRow { step: 0.0, norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding };
+    }
+    let step = absmax.max(TINY) / MAX_ACTIVATION_CODE as f32;
+    let inverse = MAX_ACTIVATION_CODE as f32 / absmax.max(TINY);
+    let code_of = |value: f32| round(value * inverse).clamp(-MAX_ACTIVATION_CODE, MAX_ACTIVATION_CODE);
+    for ((high, low), &value) in high.iter_mut().zip(low).zip(x) {
+        let biased = code_of(value) + ACTIVATION_BIAS;
+        *high = (biased >> 7) as i8;
+        *low = (biased & 127) as i8;
+    }
+    let residual = norm(x, |value| f64::from(value) - f64::from(step) * f64::from(code_of(value)));
+    SplitRow { step, norm: round_up(norm(x, f64::from)), residual_norm: round_up(residual), rounding }
+}
+
+impl WeightRow {
+    /// The estimate from the sums of the codes' products with the high and the low halves. Exact but for one rounding.
+    #[inline(always)]
+    pub fn estimate(&self, x: &SplitRow, high: i32, low: i32) -> f32 {
+        let unbiased = high - (ACTIVATION_BIAS >> 7) * self.code_sum;
+        let product = 128.0 * f64::from(unbiased) + f64::from(low);
+        (product * (f64::from(self.scale) * f64::from(x.step))) as f32
+    }
+}
+
+impl SplitRow {
+    /// No less than the distance between `estimate` and the row's product in 16-lane `f32` arithmetic; never NaN.
+    #[inline(always)]
+    pub fn radius(&self, row: &WeightRow, estimate: f32) -> f32 {
+        const UP: f32 = 1.0 + 1.0 / (1 << 20) as f32;
+        const HALF_ULPS: f32 = 1.0 / (1 << 22) as f32;
+        let magnitude = self.norm * (row.code_norm + row.residual_norm);
+        let quantization = self.norm * row.residual_norm + self.residual_norm * row.code_norm;
+        let rounding = magnitude * self.rounding + estimate.abs() * HALF_ULPS + f32::MIN_POSITIVE;
+        // Sums that could overflow are not bounded by anything.
+        if magnitude < 1e37 { (quantization + rounding) * UP } else { f32::INFINITY }
+    }
+}
+
+/// Below this a largest magnitude counts as this, so that no step is denormal.
+const TINY: f32 = 1e-30;
+
+/// The largest magnitude; not finite when any value is not. As integers, where NaN ranks above infinity.
+#[inline(always)]
+fn absmax(values: &[f32]) -> f32 {
+    f32::from_bits(values.iter().fold(0, |max, value| max.max(value.to_bits() & 0x7fff_ffff)))
+}
+
+/// Rounds `|value| < 2^22` to the nearest integer, ties to even, without a branch.
+#[inline(always)]
+fn round(value: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (value + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed()
+}
+
+/// The Euclidean norm of `part(value)`, in lanes so that it runs at vector width.
+#[inline(always)]
+fn norm(values: &[f32], part: impl Fn(f32) -> f64) -> f64 {
+    let mut lanes = [0.0_f64; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            let part = part(*value);
+            *lane += part * part;
+        }
+    }
+    let rest: f64 = rest.iter().map(|value| part(*value) * part(*value)).sum();
+    (lanes.iter().sum::<f64>() + rest).sqrt()
+}
+
+/// The next `f32` above; the errors of an `f64` norm are far smaller than the step.
+#[inline(always)]
+fn round_up(value: f64) -> f32 {
+    ((value * (1.0 + 1e-9)) as f32).next_up().max(f32::MIN_POSITIVE)
+}
