@@ -1,5 +1,6 @@
 //! The one binary, `bitnet`: flags in, library calls out.
 
+mod bench;
 mod exit;
 mod inspect;
 mod progress;
@@ -28,6 +29,8 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Generates text on the terminal: once with -p, else as a chat
     Run(run::RunArgs),
+    /// Measures how fast a model runs here
+    Bench(bench::BenchArgs),
     /// Shows what a model file holds
     Inspect(inspect::InspectArgs),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         None => serve::serve(cli.serve),
         Some(Command::Serve(args)) => serve::serve(*args),
         Some(Command::Run(args)) => run::run(args),
+        Some(Command::Bench(args)) => bench::bench(args),
         Some(Command::Inspect(args)) => inspect::inspect(&args),
     };
     match result {

@@ -49,6 +49,9 @@ pub(crate) struct RunArgs {
     /// Kernel by name, or auto for the fastest this CPU has [default: auto]
     #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
     kernel: Option<String>,
+    /// Bits a weight in memory; auto measures which is faster here [default: auto]
+    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
+    packing: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     ctx_size: Option<usize>,
@@ -90,6 +93,7 @@ impl Session {
             model: Some(args.model.clone()),
             threads: args.threads,
             kernel: args.kernel.clone(),
+            packing: args.packing.clone(),
             ctx_size: args.ctx_size,
             kv_cache_type: args.kv_cache_type.clone(),
             i2s_layout: args.i2s_layout.clone(),

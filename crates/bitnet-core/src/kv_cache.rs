@@ -50,6 +50,11 @@ impl KvCache {
         self.num_blocks
     }
 
+    /// Bytes of one block of this cache.
+    pub fn bytes_per_block(&self) -> usize {
+        self.geometry.block_bytes()
+    }
+
     /// Copies the whole of block `from` to `to` (copy on fork).
     ///
     /// # Panics

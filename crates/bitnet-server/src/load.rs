@@ -10,8 +10,9 @@ use std::{
 use bitnet_core::{
     Checkpoint, LoadError, LoadOptions, Model, TokenId, Tokenizer, checkpoint,
     checkpoint::{FileSummary, GenerationDefaults, I2sLayout, ModelConfig, TokenizerSource},
-    kernels::{self, KernelError},
+    kernels::{self, KernelError, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache},
+    model::{ModelOptions, Workspace},
     threads::WorkerPool,
     tokenizer::TokenizerError,
 };
@@ -36,6 +37,8 @@ pub struct LoadSettings {
     pub threads: usize,
     /// Kernel by name; `None`: the fastest this CPU has.
     pub kernel: Option<String>,
+    /// Arrangement of the weights; `None` measures which is the fastest.
+    pub packing: Option<PackedLayout>,
     /// Physical layout of I2_S tensors.
     pub i2s_layout: I2sLayout,
 }
@@ -43,7 +46,12 @@ pub struct LoadSettings {
 impl LoadSettings {
     /// Those of `config`.
     pub fn of(config: &ServerConfig) -> Self {
-        Self { threads: config.threads, kernel: config.kernel.clone(), i2s_layout: config.i2s_layout }
+        Self {
+            threads: config.threads,
+            kernel: config.kernel.clone(),
+            packing: config.packing,
+            i2s_layout: config.i2s_layout,
+        }
     }
 }
 
@@ -131,6 +139,7 @@ pub fn load_checkpoint(
         tracing::warn!("{note}");
     }
     let kernel = kernels::select(settings.kernel.as_deref().unwrap_or("auto"))?;
+    let options = ModelOptions { packing: supported(settings.packing, kernel)?, ..ModelOptions::default() };
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
     let tokenizer = Arc::new(Tokenizer::from_source(source)?);
     let generation = checkpoint.generation.clone();
@@ -139,8 +148,9 @@ pub fn load_checkpoint(
         TokenizerSource::HuggingFace { .. } => None,
     };
     let mut pool = WorkerPool::new(settings.threads);
-    let model = Model::load(&checkpoint, kernel, &mut pool, progress)?;
-    tracing::info!(kernel = kernel.name(), threads = settings.threads, "model loaded");
+    let model = Model::load_with(&checkpoint, kernel, &options, &mut pool, progress)?;
+    let packing = model.packing().name();
+    tracing::info!(kernel = kernel.name(), packing, threads = settings.threads, "model loaded");
     Ok(LoadedModel {
         name,
         description: None,
@@ -154,6 +164,24 @@ pub fn load_checkpoint(
         file_bytes: checkpoint.summary.file_bytes,
         load_time: start.elapsed(),
     })
+}
+
+/// `packing`, if `kernel` can read it.
+///
+/// # Errors
+/// [`ConfigError`] when it cannot: the fallback would be silent.
+pub fn supported(
+    packing: Option<PackedLayout>,
+    kernel: &dyn TernaryKernel,
+) -> Result<Option<PackedLayout>, ConfigError> {
+    match packing {
+        Some(layout) if !kernel.layouts().contains(&layout) => Err(ConfigError::Invalid {
+            setting: "packing",
+            value: layout.name().to_owned(),
+            reason: format!("kernel {} cannot read it on this CPU", kernel.name()),
+        }),
+        supported => Ok(supported),
+    }
 }
 
 /// The name of the model at `path`: its last part without the extension of a GGUF file.
@@ -255,7 +283,8 @@ fn scratch_bytes(geometry: &ModelConfig, config: &ServerConfig, max_model_len: u
     const F32: usize = 4;
     let row = 8 * geometry.hidden_size + 4 * geometry.intermediate_size;
     let scores = config.threads * max_model_len * geometry.num_heads.div_ceil(geometry.num_kv_heads.max(1));
-    let logits = bitnet_core::model::Workspace::MAX_LOGIT_ROWS * geometry.vocab_size;
+    let screened_rows = Workspace::MAX_SCREENED_ROWS.min(config.max_num_seqs);
+    let logits = (Workspace::MAX_LOGIT_ROWS + 2 * screened_rows + 1) * geometry.vocab_size;
     (F32 * (config.max_num_batched_tokens * row + scores + logits)) as u64
 }
 

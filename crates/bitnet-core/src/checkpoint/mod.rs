@@ -14,12 +14,14 @@ mod hugging_face_text;
 mod map;
 mod names;
 pub mod safetensors;
+mod synthetic;
 mod table;
 mod tensors;
 
 pub use error::LoadError;
 pub use gguf_model::vocabulary as gguf_vocabulary;
 pub use map::MappedBytes;
+pub use synthetic::{SYNTHETIC_NAMES, synthetic};
 pub use tensors::{DenseEncoding, DenseMatrix, LayerTensors, TernaryReader, TernaryTensor, WeightTensors};
 
 use std::{borrow::Cow, path::Path};

@@ -24,7 +24,7 @@ pub struct WeightTensors {
 }
 
 /// The weights of one layer. Norm weights below 1e-20 in magnitude are already 0.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LayerTensors {
     /// `[hidden_size]`.
     pub attn_norm: Vec<f32>,

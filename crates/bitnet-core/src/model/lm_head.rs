@@ -40,6 +40,45 @@ impl Model {
     }
 }
 
+/// `out[i] = head[ids[i]] . hidden`: the values [`Model::logits`] has for these tokens. `decoded`: `[cols]` of scratch.
+pub(super) struct ScoreTokens<'a> {
+    pub(super) head: &'a DenseMatrix,
+    pub(super) ids: &'a [u32],
+    /// `[cols]`
+    pub(super) hidden: &'a [f32],
+    pub(super) decoded: &'a mut [f32],
+    pub(super) out: &'a mut [f32],
+}
+
+impl FloatOp for ScoreTokens<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        match self.head.encoding {
+            DenseEncoding::F32 => self.score(f32_from_le_bytes),
+            DenseEncoding::F16 => self.score(f16_from_le_bytes),
+            DenseEncoding::Bf16 => self.score(bf16_from_le_bytes),
+            DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => {
+                for (&id, out) in self.ids.iter().zip(self.out) {
+                    self.head.decode_row(id as usize, self.decoded);
+                    *out = dot_one(self.decoded, self.hidden, unchanged);
+                }
+            }
+        }
+    }
+}
+
+impl ScoreTokens<'_> {
+    #[inline(always)]
+    fn score<const BYTES: usize>(self, widen: impl Fn([u8; BYTES]) -> f32 + Copy) {
+        let (data, cols) = (self.head.data.bytes().as_chunks::<BYTES>().0, self.head.cols);
+        for (&id, out) in self.ids.iter().zip(self.out) {
+            *out = dot_one(&data[id as usize * cols..][..cols], self.hidden, widen);
+        }
+    }
+}
+
 /// `x[row] = embedding[token]`
 pub(super) fn embed(phases: &mut Phases<'_>, embedding: &DenseMatrix, rows: &[Row], x: &mut [f32]) {
     let x = SharedRows::new(x, embedding.cols);

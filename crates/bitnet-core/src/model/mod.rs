@@ -13,12 +13,14 @@ mod lm_head;
 mod norm;
 mod phases;
 mod rope;
+mod screen;
 mod weights;
 mod workspace;
 
 pub use batch::{Batch, BatchError, BatchSequence, LogitRows};
 pub use forward::{Trace, TracePoint};
-pub use weights::{Model, WeightBytes};
+pub use screen::Screened;
+pub use weights::{Model, ModelOptions, StepCost, WeightBytes};
 pub use workspace::Workspace;
 
 /// A geometry for unit tests: no two sizes are equal.

@@ -3,13 +3,14 @@
 use crate::{
     checkpoint::{Checkpoint, DenseMatrix, LayerTensors, LoadError, ModelConfig, TernaryTensor},
     kernels::{
-        TernaryKernel,
-        packing::{MAX_COLS, PackedTernary},
+        self, TernaryKernel,
+        packing::{MAX_COLS, PackedLayout, PackedTernary},
+        screen::ScreenMatrix,
     },
     threads::WorkerPool,
 };
 
-use super::rope::Rope;
+use super::{rope::Rope, screen};
 
 /// Immutable weights, repacked for one kernel, and the geometry.
 pub struct Model {
@@ -21,6 +22,24 @@ pub struct Model {
     pub(super) output_norm: Vec<f32>,
     /// `None` when the head is the embedding.
     pub(super) head: Option<DenseMatrix>,
+    /// The head in 8 bits, where it is large enough to gain by a first look.
+    pub(super) screen: Option<ScreenMatrix>,
+    pub(super) layout: PackedLayout,
+}
+
+/// How a [`Model`] is laid out in memory. Nothing in here changes a bit of what it computes.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOptions {
+    /// Arrangement of the ternary weights, one of the kernel's; `None` measures which is the fastest here.
+    pub packing: Option<PackedLayout>,
+    /// Vocabularies of at least so many tokens get an 8-bit copy of the head for [`Model::screen`].
+    pub min_screened_vocab: usize,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { packing: None, min_screened_vocab: 8192 }
+    }
 }
 
 /// The weights of one layer; shapes as in [`LayerTensors`].
@@ -38,6 +57,19 @@ pub(super) struct Layer {
     pub(super) down: PackedTernary,
 }
 
+/// What a step costs at least; the cache's part is not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepCost {
+    /// Bytes of all linear layers.
+    pub body_bytes: usize,
+    /// Multiply-accumulates of all linear layers, a token.
+    pub body_macs: u64,
+    /// Bytes of the head as a greedy step reads it: its 8-bit copy if there is one.
+    pub head_bytes: usize,
+    /// Multiply-accumulates of the head, a token that wants logits.
+    pub head_macs: u64,
+}
+
 /// What the model's weights take in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WeightBytes {
@@ -48,14 +80,31 @@ pub struct WeightBytes {
 }
 
 impl Model {
+    /// [`Model::load_with`] the default options.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        kernel: &'static dyn TernaryKernel,
+        pool: &mut WorkerPool,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self, LoadError> {
+        Self::load_with(checkpoint, kernel, &ModelOptions::default(), pool, progress)
+    }
+
     /// Repacks every ternary tensor of `checkpoint` for `kernel`, in parallel on `pool`, releasing the file's pages on the
     /// way. `progress(done, total)` is called with weights repacked so far.
     ///
     /// # Errors
     /// When the file holds an invalid code or a weight that is not finite, or a layer is wider than any kernel can sum.
-    pub fn load(
+    ///
+    /// # Panics
+    /// When `options.packing` is none of the kernel's layouts.
+    pub fn load_with(
         checkpoint: &Checkpoint,
         kernel: &'static dyn TernaryKernel,
+        options: &ModelOptions,
         pool: &mut WorkerPool,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self, LoadError> {
@@ -66,15 +115,21 @@ impl Model {
             let problem = format!("has a linear layer of {widest} inputs; the kernels' integer sums hold {MAX_COLS}");
             return Err(LoadError::Config { key: "intermediate_size".into(), problem });
         }
-        let mut repacker = Repacker { kernel, pool, progress, done: 0, total };
+        let layout = options.packing.unwrap_or_else(|| kernels::autotune(kernel, pool, (total / 4) as usize));
+        assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
+        let mut repacker = Repacker { layout, pool, progress, done: 0, total };
         progress(0, total);
+        let layers = weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<_, _>>()?;
+        let head = weights.lm_head.as_ref().unwrap_or(&weights.token_embedding);
         Ok(Self {
             kernel,
+            layout,
             rope: Rope::new(&checkpoint.config),
             embedding: weights.token_embedding.clone(),
-            layers: weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<_, _>>()?,
+            layers,
             output_norm: weights.output_norm.clone(),
             head: weights.lm_head.clone(),
+            screen: (head.rows >= options.min_screened_vocab).then(|| screen::pack(head, kernel.isa(), pool)),
             config: checkpoint.config.clone(),
         })
     }
@@ -89,12 +144,32 @@ impl Model {
         self.kernel.name()
     }
 
+    /// How the ternary weights are arranged.
+    pub fn packing(&self) -> PackedLayout {
+        self.layout
+    }
+
+    /// What one step reads of the weights, whatever its batch, and multiplies for each token.
+    pub fn step_cost(&self) -> StepCost {
+        let linears = || self.layers.iter().flat_map(Layer::linears);
+        let body_macs: usize = linears().map(|linear| linear.rows() * linear.cols()).sum();
+        StepCost {
+            body_bytes: linears().map(PackedTernary::bytes).sum(),
+            body_macs: body_macs as u64,
+            head_bytes: self.screen.as_ref().map_or(self.head().data.bytes().len(), ScreenMatrix::bytes),
+            head_macs: (self.head().rows * self.head().cols) as u64,
+        }
+    }
+
     /// Memory of the weights.
     pub fn weight_bytes(&self) -> WeightBytes {
         let layers: usize = self.layers.iter().map(Layer::bytes).sum();
         let head = self.head.as_ref().map_or(0, |head| head.data.bytes().len());
         WeightBytes {
-            resident: layers + size_of_val(self.output_norm.as_slice()) + self.rope.bytes(),
+            resident: layers
+                + size_of_val(self.output_norm.as_slice())
+                + self.rope.bytes()
+                + self.screen.as_ref().map_or(0, ScreenMatrix::bytes),
             mapped: self.embedding.data.bytes().len() + head,
         }
     }
@@ -115,18 +190,21 @@ impl std::fmt::Debug for Model {
 }
 
 impl Layer {
+    fn linears(&self) -> [&PackedTernary; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
     fn bytes(&self) -> usize {
-        let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
         let sub_norms = self.attn_sub_norm.iter().chain(&self.ffn_sub_norm);
         let norms = [&self.attn_norm, &self.ffn_norm].into_iter().chain(sub_norms);
-        linears.map(PackedTernary::bytes).iter().sum::<usize>()
+        self.linears().map(PackedTernary::bytes).iter().sum::<usize>()
             + norms.map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
     }
 }
 
 /// Repacks tensors one after the other, each by all workers, and counts.
 struct Repacker<'a> {
-    kernel: &'static dyn TernaryKernel,
+    layout: PackedLayout,
     pool: &'a mut WorkerPool,
     progress: &'a (dyn Fn(u64, u64) + Sync),
     done: u64,
@@ -153,8 +231,8 @@ impl Repacker<'_> {
     fn tensor(&mut self, tensor: &TernaryTensor) -> Result<PackedTernary, LoadError> {
         let reader = tensor.reader()?;
         let decode_row = |row: usize, codes: &mut [i8]| reader.decode_row(row, codes);
-        let (layout, scale) = (self.kernel.layout(), reader.scale());
-        let packed = PackedTernary::pack(tensor.rows, tensor.cols, scale, layout, self.pool, &decode_row)?;
+        let packed =
+            PackedTernary::pack(tensor.rows, tensor.cols, reader.scale(), self.layout, self.pool, &decode_row)?;
         tensor.release();
         self.done += num_weights(tensor);
         (self.progress)(self.done, self.total);

@@ -1,7 +1,9 @@
 //! Scratch memory of the forward pass, allocated once.
 
 use super::{Model, attention};
-use crate::{checkpoint::ModelConfig, quant::activation::ActivationBuffer, threads::WorkerPool};
+use crate::{
+    checkpoint::ModelConfig, kernels::screen::ScreenInputs, quant::activation::ActivationBuffer, threads::WorkerPool,
+};
 
 /// Scratch memory of the forward pass, allocated once, and the worker pool that runs it.
 #[derive(Debug)]
@@ -47,6 +49,13 @@ pub(super) struct Buffers {
     pub(super) head_row: Vec<f32>,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
     pub(super) logits: Vec<f32>,
+    /// For the head's screen, if the model has one: hidden states, and the estimates and radii,
+    /// `[MAX_SCREENED_ROWS, vocab_size]`.
+    pub(super) screen_inputs: ScreenInputs,
+    pub(super) estimates: Vec<f32>,
+    pub(super) radii: Vec<f32>,
+    /// Exact logits of single tokens, `[vocab_size]`.
+    pub(super) scores: Vec<f32>,
 }
 
 /// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
@@ -69,10 +78,13 @@ pub(super) struct StepBuffers<'a> {
 impl Workspace {
     /// The most rows one call of [`Model::logits`] scores.
     pub const MAX_LOGIT_ROWS: usize = 8;
+    /// The most rows one call of [`Model::screen`] looks at.
+    pub const MAX_SCREENED_ROWS: usize = 32;
 
     /// Scratch for batches of at most `max_batch_tokens` rows and `max_context` positions.
     pub fn new(model: &Model, max_batch_tokens: usize, max_context: usize, pool: WorkerPool) -> Self {
-        let buffers = Buffers::new(model.config(), max_batch_tokens, pool.num_threads());
+        let max_screened_rows = if model.has_screen() { Self::MAX_SCREENED_ROWS.min(max_batch_tokens) } else { 0 };
+        let buffers = Buffers::new(model.config(), max_batch_tokens, max_screened_rows, pool.num_threads());
         Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
     }
 
@@ -98,7 +110,7 @@ impl Workspace {
 }
 
 impl Buffers {
-    fn new(config: &ModelConfig, max_batch_tokens: usize, num_threads: usize) -> Self {
+    fn new(config: &ModelConfig, max_batch_tokens: usize, max_screened_rows: usize, num_threads: usize) -> Self {
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
         let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
         let rows = |width: usize| vec![0.0; max_batch_tokens * width];
@@ -117,6 +129,10 @@ impl Buffers {
             attention: vec![0.0; num_threads * attention::scratch_len(config)],
             head_row: vec![0.0; num_threads * hidden_size],
             logits: vec![0.0; Workspace::MAX_LOGIT_ROWS * vocab_size],
+            screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
+            estimates: vec![0.0; max_screened_rows * vocab_size],
+            radii: vec![0.0; max_screened_rows * vocab_size],
+            scores: vec![0.0; max_screened_rows.min(1) * vocab_size],
         }
     }
 
@@ -141,9 +157,12 @@ impl Buffers {
     }
 
     fn bytes(&self) -> usize {
-        let Self { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits } =
-            self;
-        let floats = [x, normed, angles, q, k, v, attended, projected, gate, up, attention, head_row, logits];
-        floats.iter().map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>() + quantized.bytes()
+        let row_buffers = [&self.x, &self.normed, &self.angles, &self.q, &self.k, &self.v, &self.attended];
+        let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention];
+        let head_buffers = [&self.head_row, &self.logits, &self.estimates, &self.radii, &self.scores];
+        let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
+        floats.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
+            + self.quantized.bytes()
+            + self.screen_inputs.bytes()
     }
 }

@@ -5,6 +5,7 @@
 //! from `kernels` the elementary functions and [`Isa`](crate::kernels::Isa), whose loops have one order of summation
 //! everywhere. No text, no stop strings, no -9999.0 of the wire here.
 
+mod candidates;
 mod noise;
 mod params;
 mod processors;

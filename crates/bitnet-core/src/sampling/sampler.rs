@@ -6,7 +6,8 @@
 
 use super::{
     NotFinite, SampleKey, SamplingParams, TokenLogprobs,
-    noise::Noise,
+    candidates::{NoisyCandidates, Reach},
+    noise::{Noise, gumbel},
     processors::LogitsProcessors,
     row::{Candidate, CutAfter, FiniteMax, NoisyArgmax, Scale, SumExp, first_of, select_best},
 };
@@ -15,6 +16,7 @@ use crate::{
     kernels::{
         Isa,
         math::{exp, ln},
+        screen::Selection,
     },
 };
 
@@ -26,6 +28,10 @@ pub struct Sampler {
     /// The row being worked on. `[vocab_size]`
     row: Vec<f32>,
     candidates: Vec<Candidate>,
+    selection: Selection,
+    reaches: Vec<Reach>,
+    /// What [`Sampler::candidates`] found.
+    ids: Vec<u32>,
 }
 
 impl Sampler {
@@ -37,7 +43,15 @@ impl Sampler {
     /// As [`Sampler::new`], in a chosen instruction set; the tokens are the same.
     pub fn with_isa(vocab_size: usize, isa: Isa) -> Self {
         let processors = LogitsProcessors::new(vocab_size);
-        Self { isa, processors, row: Vec::with_capacity(vocab_size), candidates: Vec::new() }
+        Self {
+            isa,
+            processors,
+            row: Vec::with_capacity(vocab_size),
+            candidates: Vec::new(),
+            selection: Selection::default(),
+            reaches: Vec::new(),
+            ids: Vec::new(),
+        }
     }
 
     /// The next token given raw `logits` `[vocab_size]`. `prompt` and `generated` feed the penalties; `banned` ids (stop
@@ -71,6 +85,60 @@ impl Sampler {
         self.keep_top_p(params.top_p, max);
         let noise = Noise::new(params.seed, key);
         Ok(TokenId(self.isa.run(NoisyArgmax { row: &self.row, start, noise })))
+    }
+
+    /// The ids, ascending, that alone decide the next token when every logit lies within its radius of its estimate; what
+    /// is not finite is never left out. For [`Sampler::sample_among`].
+    ///
+    /// # Panics
+    /// When the token depends on more ([`SamplingParams::needs_whole_row`]).
+    pub fn candidates(&mut self, estimates: &[f32], radii: &[f32], params: &SamplingParams, key: SampleKey) -> &[u32] {
+        assert!(!params.needs_whole_row(), "a choice that no few logits decide");
+        self.ids.clear();
+        if params.is_greedy() || params.top_k > 0 {
+            let best = if params.is_greedy() { 1 } else { params.top_k as usize };
+            self.ids.extend_from_slice(self.selection.candidates(estimates, radii, best, self.isa));
+        } else {
+            let (temperature, noise) = (params.temperature, Noise::new(params.seed, key));
+            self.isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: &mut self.reaches });
+            self.ids.extend(self.reaches.iter().map(|reach| reach.id));
+        }
+        &self.ids
+    }
+
+    /// The token [`Sampler::sample`] would choose of the whole row, given the `logits` of the ids that
+    /// [`Sampler::candidates`] has just found for the same parameters and key.
+    ///
+    /// # Errors
+    /// [`NotFinite`] when a logit is NaN or +infinity.
+    ///
+    /// # Panics
+    /// When there are not as many logits as ids.
+    pub fn sample_among(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        key: SampleKey,
+    ) -> Result<TokenId, NotFinite> {
+        assert_eq!(logits.len(), self.ids.len(), "a logit for each candidate");
+        self.isa.run(FiniteMax(logits))?;
+        // Places among the candidates stand in for ids: they have the same order, so ties fall alike.
+        self.row.clear();
+        self.row.extend_from_slice(logits);
+        if !params.is_greedy() {
+            self.isa.run(Scale { row: &mut self.row, temperature: params.temperature });
+        }
+        let max = self.isa.run(FiniteMax(&self.row))?;
+        let first = first_of(&self.row, max);
+        if params.is_greedy() {
+            return Ok(TokenId(self.ids[first as usize]));
+        }
+        self.keep_top_k(params.top_k as usize);
+        self.keep_min_p(params.min_p, max);
+        let noise = Noise::new(params.seed, key);
+        let scores = self.row.iter().zip(&self.ids).map(|(&value, &id)| (value + gumbel(noise.bits(id)), id));
+        let best = scores.reduce(|best, next| if next.0 > best.0 { next } else { best });
+        Ok(TokenId(best.expect("a maximum was found").1))
     }
 
     /// Log-softmax of the raw logits at `chosen`, and the `top` best (logit descending, id ascending).

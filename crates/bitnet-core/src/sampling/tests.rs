@@ -226,3 +226,65 @@ proptest! {
         prop_assert_eq!(best, sorted);
     }
 }
+
+/// Estimates and radii that `logits` agree with: off by up to the radius, exactly so now and then.
+fn screened(logits: &[f32], radius: f32, seed: u32) -> (Vec<f32>, Vec<f32>) {
+    let noise = Noise::new(i64::from(seed), KEY);
+    let estimate = |(id, &logit): (u32, &f32)| {
+        let shift = (noise.bits(id) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        let estimate = logit + radius * shift;
+        (estimate, (estimate - logit).abs().max(radius / 2.0).next_up())
+    };
+    (0..).zip(logits).map(estimate).unzip()
+}
+
+proptest! {
+    #[test]
+    fn a_choice_among_candidates_is_that_of_the_whole_row(
+        levels in prop::collection::vec(-30_i32..30, 1..700),
+        spread in 0.01_f32..2.0,
+        radius in 0.0_f32..3.0,
+        seed: u32,
+        temperature in prop_oneof![Just(0.0_f32), 0.05_f32..2.0],
+        (top_k, min_p) in prop_oneof![Just((0, 0.0)), (1_u32..60, prop_oneof![Just(0.0_f32), 0.0_f32..0.5])],
+    ) {
+        // Few levels: many ties.
+        let logits: Vec<f32> = levels.iter().map(|&level| level as f32 * spread).collect();
+        let params = SamplingParams { temperature, top_k, min_p, seed: i64::from(seed), ..SamplingParams::default() };
+        let (estimates, radii) = screened(&logits, radius, seed);
+        for isa in [Isa::BASELINE, Isa::available()[Isa::available().len() - 1]] {
+            let mut sampler = Sampler::with_isa(logits.len(), isa);
+            let expected = sampler.sample(&logits, &params, &[], &[], &[], KEY);
+            let ids = sampler.candidates(&estimates, &radii, &params, KEY).to_vec();
+            let exact: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
+            prop_assert_eq!(sampler.sample_among(&exact, &params, KEY), expected);
+        }
+    }
+}
+
+#[test]
+fn a_logit_that_is_not_finite_is_a_candidate() {
+    for temperature in [0.0, 1.0] {
+        let params = SamplingParams { temperature, ..SamplingParams::default() };
+        let (mut estimates, mut radii) = (vec![5.0; 200], vec![0.1; 200]);
+        (estimates[150], radii[150]) = (0.0, f32::INFINITY);
+        let mut sampler = Sampler::new(200);
+        let ids = sampler.candidates(&estimates, &radii, &params, KEY).to_vec();
+        assert!(ids.contains(&150));
+        let logits: Vec<f32> = ids.iter().map(|&id| if id == 150 { f32::NAN } else { 5.0 }).collect();
+        assert_eq!(sampler.sample_among(&logits, &params, KEY), Err(NotFinite));
+    }
+}
+
+#[test]
+fn what_looks_at_far_logits_needs_the_whole_row() {
+    let base = SamplingParams::default;
+    let needs = |params: SamplingParams| params.needs_whole_row();
+    assert!(!needs(base()) && !needs(greedy()) && !needs(SamplingParams { top_k: 40, min_p: 0.1, ..base() }));
+    assert!(!needs(SamplingParams { top_p: 0.9, ..greedy() }));
+    assert!(needs(SamplingParams { top_p: 0.9, ..base() }) && needs(SamplingParams { min_p: 0.1, ..base() }));
+    assert!(needs(SamplingParams { repetition_penalty: 1.1, ..greedy() }));
+    assert!(needs(SamplingParams { frequency_penalty: 0.1, ..greedy() }));
+    assert!(needs(SamplingParams { presence_penalty: 0.1, ..greedy() }));
+    assert!(needs(SamplingParams { logit_bias: vec![(TokenId(0), 1.0)], ..greedy() }));
+}

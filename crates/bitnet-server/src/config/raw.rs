@@ -36,6 +36,9 @@ pub struct RawConfig {
     /// Kernel by name, or auto for the fastest this CPU has [default: auto]
     #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
     pub kernel: Option<String>,
+    /// Bits a weight in memory; auto measures which is faster here [default: auto]
+    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
+    pub packing: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
@@ -214,6 +217,7 @@ overlay!(
     metrics_port,
     threads,
     kernel,
+    packing,
     ctx_size,
     max_num_seqs,
     max_num_batched_tokens,

@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use bitnet_core::{checkpoint::I2sLayout, kv_cache::KvDtype, threads::default_num_threads};
+use bitnet_core::{
+    checkpoint::I2sLayout, kernels::packing::PackedLayout, kv_cache::KvDtype, threads::default_num_threads,
+};
 
 use super::{ConfigError, FilterRules, KeySet, RawConfig};
 
@@ -29,6 +31,8 @@ pub struct ServerConfig {
     pub threads: usize,
     /// Kernel by name; `None`: the fastest this CPU has.
     pub kernel: Option<String>,
+    /// Arrangement of the weights; `None` measures which is the fastest.
+    pub packing: Option<PackedLayout>,
     /// Longest prompt and completion together; `None`: the model's.
     pub ctx_size: Option<usize>,
     /// Sequences computed at the same time, at least 1.
@@ -129,6 +133,15 @@ impl ServerConfig {
             metrics_port: raw.metrics_port,
             threads,
             kernel: raw.kernel.filter(|name| name != "auto"),
+            packing: one_of(
+                "packing",
+                raw.packing,
+                &[
+                    ("auto", None),
+                    (PackedLayout::T32x2Bit.name(), Some(PackedLayout::T32x2Bit)),
+                    (PackedLayout::T32x5Trit.name(), Some(PackedLayout::T32x5Trit)),
+                ],
+            )?,
             ctx_size: raw.ctx_size.map(|tokens| within("ctx-size", tokens, 1, 1 << 24)).transpose()?,
             max_num_seqs,
             max_num_batched_tokens: within(

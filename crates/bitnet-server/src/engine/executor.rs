@@ -11,6 +11,7 @@ use bitnet_core::{
 use super::{
     EngineError, TokenEvent,
     scheduler::{ScheduledBatch, Share, blocks_of},
+    sequence::Sequence,
 };
 
 /// Computes steps. Everything it says about a sequence depends on that sequence's tokens and parameters alone.
@@ -86,9 +87,32 @@ impl Executor for ModelExecutor {
             .filter(ran)
             .flat_map(|index| logit_positions(&shares[index]).map(move |position| (index, position)))
             .collect();
+        let has_screen = self.model.has_screen();
+        let is_whole = |row: &(usize, usize)| !has_screen || shares[row.0].needs_whole_rows();
+        let mut first = 0;
+        for same in rows.chunk_by(|a, b| is_whole(a) == is_whole(b)) {
+            if is_whole(&same[0]) {
+                self.read_rows(first, same, shares, &mut outputs);
+            } else {
+                self.read_screened_rows(first, same, shares, &mut outputs);
+            }
+            first += same.len();
+        }
+        outputs
+    }
+}
+
+/// Reading the rows of one step that asked for logits: (share, position of the row's token), the `first` and the following.
+impl ModelExecutor {
+    fn read_rows(
+        &mut self,
+        first: usize,
+        rows: &[(usize, usize)],
+        shares: &[Share<'_>],
+        outputs: &mut [Result<StepOutput, EngineError>],
+    ) {
         let vocab_size = self.vocab_size();
-        for first in (0..rows.len()).step_by(Workspace::MAX_LOGIT_ROWS) {
-            let group = &rows[first..rows.len().min(first + Workspace::MAX_LOGIT_ROWS)];
+        for (group, first) in rows.chunks(Workspace::MAX_LOGIT_ROWS).zip((first..).step_by(Workspace::MAX_LOGIT_ROWS)) {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
                 let done = match &mut outputs[index] {
@@ -100,7 +124,33 @@ impl Executor for ModelExecutor {
                 }
             }
         }
-        outputs
+    }
+
+    /// As [`Self::read_rows`], for shares that want a token and nothing else: by the head's screen.
+    fn read_screened_rows(
+        &mut self,
+        first: usize,
+        rows: &[(usize, usize)],
+        shares: &[Share<'_>],
+        outputs: &mut [Result<StepOutput, EngineError>],
+    ) {
+        for (group, first) in
+            rows.chunks(Workspace::MAX_SCREENED_ROWS).zip((first..).step_by(Workspace::MAX_SCREENED_ROWS))
+        {
+            self.model.screen(first..first + group.len(), &mut self.workspace);
+            for (i, &(index, _)) in group.iter().enumerate() {
+                let (sequence, screened) = (shares[index].sequence, self.workspace.screened(i));
+                let (params, key) = (&sequence.request.sampling, sample_key(sequence));
+                let ids = self.sampler.candidates(screened.estimates, screened.radii, params, key);
+                let logits = self.model.score(first + i, ids, &mut self.workspace);
+                outputs[index] = match self.sampler.sample_among(logits, params, key) {
+                    Ok(token) => {
+                        Ok(StepOutput { token: Some(TokenEvent { token, logprobs: None }), ..Default::default() })
+                    }
+                    Err(_) => Err(EngineError::NotFinite),
+                };
+            }
+        }
     }
 }
 
@@ -114,6 +164,13 @@ impl Share<'_> {
     /// Whether the next token is drawn from the last row.
     fn draws(&self) -> bool {
         self.sequence.request.max_tokens > 0 && self.positions().end == self.sequence.tokens.len()
+    }
+
+    /// Whether more than the next token is wanted of its rows, or that token depends on all logits.
+    fn needs_whole_rows(&self) -> bool {
+        let request = &self.sequence.request;
+        let bans = self.sequence.generated().len() < request.min_tokens && !request.stop_tokens.is_empty();
+        self.scores_prompt() || request.logprobs.is_some() || bans || request.sampling.needs_whole_row()
     }
 
     /// Whether rows score prompt tokens.
@@ -163,12 +220,16 @@ fn read_row(
     } else if share.draws() {
         let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
-        let key = SampleKey { choice: sequence.choice, position: sequence.tokens.len() as u32 };
         let token = sampler
-            .sample(logits, &request.sampling, prompt, generated, banned, key)
+            .sample(logits, &request.sampling, prompt, generated, banned, sample_key(sequence))
             .map_err(|_| EngineError::NotFinite)?;
         let scored = request.logprobs.map(|top| sampler.logprobs(logits, token, top)).transpose();
         output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
     }
     Ok(())
+}
+
+/// Where the next token of `sequence` is drawn.
+fn sample_key(sequence: &Sequence) -> SampleKey {
+    SampleKey { choice: sequence.choice, position: sequence.tokens.len() as u32 }
 }

@@ -1,0 +1,226 @@
+//! `bitnet bench`: prefill and decode speed of a model, beside the limits of this machine taken in the same run. What is
+//! measured is the engine: no HTTP, no tokenizer, no speculation, no caches.
+
+mod cases;
+mod measure;
+
+use std::{path::PathBuf, time::Instant};
+
+use bitnet_core::{
+    Checkpoint, Model,
+    checkpoint::{self, LoadOptions, SYNTHETIC_NAMES},
+    kernels::{self, TernaryKernel, limits},
+    model::ModelOptions,
+    threads::WorkerPool,
+};
+use bitnet_server::{
+    config::{RawConfig, ServerConfig},
+    load::{default_model_name, supported},
+};
+use serde_json::{Value, json};
+
+use crate::{exit::Failure, progress::weights_bar};
+use cases::Case;
+use measure::{Bench, Measured};
+
+/// Measures how fast a model runs here, and how fast it could.
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// A GGUF file or a Hugging Face directory
+    #[arg(short, long, env = "BITNET_MODEL", value_name = "PATH")]
+    model: Option<PathBuf>,
+    /// A geometry with random weights made in memory, instead of a file
+    #[arg(long, value_name = "2b4t|700m|3b|8b", conflicts_with = "model")]
+    synthetic: Option<String>,
+    /// Print one JSON object, and nothing else, to stdout
+    #[arg(long)]
+    json: bool,
+    /// Cases to measure: prefill:TOKENS and decode:BATCH[@CONTEXT], separated by commas [default: a table of both]
+    #[arg(long, value_name = "CASES", value_delimiter = ',')]
+    only: Vec<Case>,
+    /// Compute threads [default: physical cores this process may use]
+    #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
+    threads: Option<usize>,
+    /// Kernel by name, or auto for the fastest this CPU has [default: auto]
+    #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
+    kernel: Option<String>,
+    /// Bits a weight in memory; auto measures which is faster here [default: auto]
+    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
+    packing: Option<String>,
+    /// Element type of the KV cache [default: f16]
+    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16")]
+    kv_cache_type: Option<String>,
+    /// Physical layout of I2_S tensors in GGUF files [default: a]
+    #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
+    i2s_layout: Option<String>,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// [`Failure`] with the exit code of the contract.
+pub(crate) fn bench(args: BenchArgs) -> Result<(), Failure> {
+    let config = ServerConfig::resolve(RawConfig {
+        threads: args.threads,
+        kernel: args.kernel.clone(),
+        packing: args.packing.clone(),
+        kv_cache_type: args.kv_cache_type.clone(),
+        i2s_layout: args.i2s_layout.clone(),
+        ..RawConfig::default()
+    })
+    .map_err(Failure::configuration)?;
+    let kernel = kernels::select(config.kernel.as_deref().unwrap_or("auto"))?;
+    let packing = supported(config.packing, kernel).map_err(Failure::configuration)?;
+    let start = Instant::now();
+    let (name, checkpoint) = open(&args, &LoadOptions { i2s_layout: config.i2s_layout })?;
+    // A model made in memory was not loaded: its time starts here.
+    let start = if args.synthetic.is_some() { Instant::now() } else { start };
+    let mut pool = WorkerPool::new(config.threads);
+    let model = load(&checkpoint, kernel, &ModelOptions { packing, ..ModelOptions::default() }, &mut pool)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let file_bytes = checkpoint.summary.file_bytes;
+    drop(checkpoint);
+
+    let before = Limits::measure(kernel, &mut pool);
+    let cases = if args.only.is_empty() { cases::all() } else { args.only };
+    let header = Header { name, threads: pool.num_threads(), file_bytes, load_seconds };
+    let mut bench = Bench::new(model, pool, config.kv_dtype, &cases).map_err(Failure::configuration)?;
+    let results: Vec<_> = cases.iter().map(|case| (case, bench.measure(case))).collect();
+    // Whatever disturbs a measurement makes it slower, so the limit is the better of two.
+    let limits = before.better(&Limits::measure(kernel, &mut WorkerPool::new(config.threads)));
+    let report = report(&header, bench.model(), &limits, &results);
+    if args.json {
+        println!("{report:#}");
+    } else {
+        print_table(&report);
+    }
+    Ok(())
+}
+
+fn open(args: &BenchArgs, options: &LoadOptions) -> Result<(String, Checkpoint), Failure> {
+    match (&args.model, &args.synthetic) {
+        (_, Some(name)) => {
+            let unknown =
+                || Failure::usage(format!("--synthetic {name}: must be one of {}", SYNTHETIC_NAMES.join(", ")));
+            Ok((name.clone(), checkpoint::synthetic(name).ok_or_else(unknown)?))
+        }
+        (Some(path), None) => Ok((default_model_name(path), checkpoint::open(path, options)?)),
+        (None, None) => Err(Failure::usage("bench needs --model PATH or --synthetic NAME; try `bitnet bench --help`")),
+    }
+}
+
+fn load(
+    checkpoint: &Checkpoint,
+    kernel: &'static dyn TernaryKernel,
+    options: &ModelOptions,
+    pool: &mut WorkerPool,
+) -> Result<Model, Failure> {
+    let bar = weights_bar();
+    let model = Model::load_with(checkpoint, kernel, options, pool, &|done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(model?)
+}
+
+/// What the machine can do at most.
+struct Limits {
+    read_bytes_per_s: f64,
+    int8_macs_per_s: f64,
+}
+
+impl Limits {
+    fn measure(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Self {
+        Self {
+            read_bytes_per_s: limits::read_bytes_per_s(pool),
+            int8_macs_per_s: limits::int8_macs_per_s(kernel, pool),
+        }
+    }
+
+    fn better(&self, other: &Self) -> Self {
+        Self {
+            read_bytes_per_s: self.read_bytes_per_s.max(other.read_bytes_per_s),
+            int8_macs_per_s: self.int8_macs_per_s.max(other.int8_macs_per_s),
+        }
+    }
+
+    /// Tokens a second that no engine reading these bytes and multiplying these weights can pass.
+    fn tokens_per_s(&self, measured: &Measured) -> f64 {
+        let (bytes, macs) =
+            (measured.bytes_per_token / self.read_bytes_per_s, measured.macs_per_token / self.int8_macs_per_s);
+        1.0 / bytes.max(macs)
+    }
+}
+
+struct Header {
+    name: String,
+    threads: usize,
+    file_bytes: u64,
+    load_seconds: f64,
+}
+
+/// The object of the contract.
+fn report(header: &Header, model: &Model, limits: &Limits, results: &[(&Case, Measured)]) -> Value {
+    let row = |(case, measured): &(&Case, Measured)| {
+        json!({
+            "phase": case.phase(),
+            "tokens": case.tokens(),
+            "batch": case.batch(),
+            "context": case.context(),
+            "tokens_per_s": measured.tokens_per_s,
+            "bytes_per_token": measured.bytes_per_token,
+            "macs_per_token": measured.macs_per_token,
+            "share_of_limit": measured.tokens_per_s / limits.tokens_per_s(measured),
+        })
+    };
+    json!({
+        "machine": {
+            "threads": header.threads,
+            "kernel": model.kernel_name(),
+            "packing": model.packing().name(),
+            "read_bytes_per_s": limits.read_bytes_per_s,
+            "int8_macs_per_s": limits.int8_macs_per_s,
+        },
+        "model": {
+            "name": header.name,
+            "file_bytes": header.file_bytes,
+            "resident_bytes": model.weight_bytes().resident,
+            "load_seconds": header.load_seconds,
+        },
+        "results": results.iter().map(row).collect::<Vec<_>>(),
+    })
+}
+
+fn print_table(report: &Value) {
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    let (machine, model) = (&report["machine"], &report["model"]);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    println!(
+        "{} on {} threads, {}, {}: {:.0} MB in memory, loaded in {:.2} s",
+        text(&model["name"]),
+        machine["threads"],
+        text(&machine["kernel"]),
+        text(&machine["packing"]),
+        number(&model["resident_bytes"]) / 1e6,
+        number(&model["load_seconds"]),
+    );
+    println!(
+        "this machine reads {:.1} GB/s and multiplies {:.0} G int8/s\n",
+        number(&machine["read_bytes_per_s"]) / 1e9,
+        number(&machine["int8_macs_per_s"]) / 1e9,
+    );
+    println!("phase    tokens  batch  context   tokens/s      limit   share");
+    for row in report["results"].as_array().into_iter().flatten() {
+        let (speed, share) = (number(&row["tokens_per_s"]), number(&row["share_of_limit"]));
+        println!(
+            "{:<8} {:>6} {:>6} {:>8} {speed:>10.1} {:>10.1} {:>6.0}%",
+            text(&row["phase"]),
+            row["tokens"].to_string(),
+            row["batch"].to_string(),
+            row["context"].to_string(),
+            speed / share,
+            100.0 * share,
+        );
+    }
+}

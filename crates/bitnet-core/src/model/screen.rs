@@ -1,0 +1,200 @@
+//! The head's first look: the products of the final hidden states with an 8-bit copy of the head, which say by proven
+//! bounds which tokens can matter, and the exact logits of these few. Half the bytes of a 16-bit head are read, and
+//! what is chosen is what the full-precision head would choose.
+//!
+//! Which tokens can matter is for the caller to say: a greedy choice, noise and top-k ask different questions.
+
+use std::{convert::Infallible, ops::Range};
+
+use super::{Model, Workspace, lm_head::ScoreTokens};
+use crate::{
+    checkpoint::DenseMatrix,
+    kernels::{Isa, packing::ROW_TILE, screen::ScreenMatrix},
+    threads::{SharedColumns, SharedRows, WorkerPool},
+};
+
+/// Tokens below which scoring them stays on the calling thread.
+const MIN_TOKENS_TO_SPLIT: usize = 16;
+
+/// What a screen says of one row: every logit lies within its radius of its estimate. Both are `[vocab_size]`; a radius is
+/// infinite where nothing is known, never NaN.
+#[derive(Clone, Copy, Debug)]
+pub struct Screened<'a> {
+    /// Close to the logits.
+    pub estimates: &'a [f32],
+    /// How far off an estimate can be, rounding included.
+    pub radii: &'a [f32],
+}
+
+impl Model {
+    /// Whether the head is large enough to have a screen.
+    pub fn has_screen(&self) -> bool {
+        self.screen.is_some()
+    }
+
+    /// Estimates all logits of rows `rows` among those that asked for them in the last `forward`, in batch order, for
+    /// [`Workspace::screened`]. At most [`Workspace::MAX_SCREENED_ROWS`] at once.
+    ///
+    /// # Panics
+    /// When the model has no screen, or `rows` reaches beyond the rows that asked or is longer than the maximum.
+    pub fn screen(&self, rows: Range<usize>, workspace: &mut Workspace) {
+        let screen = self.screen.as_ref().expect("a model whose head has a screen");
+        assert!(workspace.fits(self) && rows.end <= workspace.num_logit_rows, "rows that asked for no logits");
+        assert!(rows.len() <= Workspace::MAX_SCREENED_ROWS, "{} rows screened at once", rows.len());
+        let (kernel, num_rows) = (self.kernel, rows.len());
+        let buffers = &mut workspace.buffers;
+        let hidden = buffers.normed[rows.start * screen.cols()..rows.end * screen.cols()].chunks_exact(screen.cols());
+        for (row, hidden) in hidden.enumerate() {
+            buffers.screen_inputs.set(row, hidden, kernel.isa());
+        }
+        let x = buffers.screen_inputs.view(num_rows);
+        let columns = |out| SharedColumns::new(out, screen.rows(), ROW_TILE);
+        let estimates = columns(&mut buffers.estimates[..num_rows * screen.rows()]);
+        let radii = columns(&mut buffers.radii[..num_rows * screen.rows()]);
+        workspace.pool.run(&|worker| {
+            let share = worker.share(screen.rows(), ROW_TILE);
+            let (mut estimates, mut radii) = (estimates.claim(share.clone()), radii.claim(share.clone()));
+            if !share.is_empty() {
+                kernel.screen(&screen.slice(share), &x, &mut estimates, &mut radii);
+            }
+        });
+    }
+
+    /// The logits of the tokens `ids` in row `row` among those that asked for them in the last `forward`: the bits that
+    /// [`Model::logits`] has there.
+    ///
+    /// # Panics
+    /// When `row` asked for no logits, an id is outside the vocabulary, there are more ids than tokens, or the model has
+    /// no screen.
+    pub fn score<'w>(&self, row: usize, ids: &[u32], workspace: &'w mut Workspace) -> &'w [f32] {
+        assert!(workspace.fits(self) && row < workspace.num_logit_rows, "a row that asked for no logits");
+        let (head, isa) = (self.head(), self.kernel.isa());
+        let hidden = &workspace.buffers.normed[row * head.cols..][..head.cols];
+        let scores = &mut workspace.buffers.scores[..ids.len()];
+        let decoded = &mut workspace.buffers.head_row;
+        if ids.len() < MIN_TOKENS_TO_SPLIT {
+            isa.run(ScoreTokens { head, ids, hidden, decoded: &mut decoded[..head.cols], out: scores });
+            return scores;
+        }
+        let (out, decoded) = (SharedRows::new(&mut *scores, 1), SharedRows::new(decoded, head.cols));
+        workspace.pool.run(&|worker| {
+            let share = worker.share(ids.len(), 1);
+            let decoded = decoded.claim(worker.index()..worker.index() + 1);
+            isa.run(ScoreTokens { head, ids: &ids[share.clone()], hidden, decoded, out: out.claim(share) });
+        });
+        scores
+    }
+}
+
+impl Workspace {
+    /// What the last [`Model::screen`] says of the `index`-th of its rows.
+    ///
+    /// # Panics
+    /// When there can be no such row.
+    pub fn screened(&self, index: usize) -> Screened<'_> {
+        let vocab_size = self.buffers.scores.len();
+        let row = index * vocab_size..(index + 1) * vocab_size;
+        Screened { estimates: &self.buffers.estimates[row.clone()], radii: &self.buffers.radii[row] }
+    }
+}
+
+/// The 8-bit copy of `head`.
+pub(super) fn pack(head: &DenseMatrix, isa: Isa, pool: &mut WorkerPool) -> ScreenMatrix {
+    let decode_row = |row: usize, out: &mut [f32]| {
+        head.decode_row(row, out);
+        Ok::<(), Infallible>(())
+    };
+    let Ok(screen) = ScreenMatrix::pack(head.rows, head.cols, isa, pool, &decode_row);
+    screen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::{DenseEncoding, MappedBytes},
+        kernels::{self, screen::Selection},
+        model::{rope::Rope, test_config},
+    };
+
+    const VOCAB: usize = 300;
+    const STATES: usize = 10_000;
+
+    /// A sequence of numbers that look random: the top bits of a multiplicative generator.
+    fn noise(seed: u64) -> impl FnMut() -> f32 {
+        let mut state = seed.wrapping_mul(2).wrapping_add(1);
+        move || {
+            state = state.wrapping_mul(0xda94_2042_e4dd_58b5);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        }
+    }
+
+    /// A model that is only a head. Every third row equals its neighbour, every other third differs from it by one weight's
+    /// last place: ties and near ties for any hidden state.
+    fn head_only(kernel: &'static dyn kernels::TernaryKernel, pool: &mut WorkerPool) -> Model {
+        let config = crate::checkpoint::ModelConfig { vocab_size: VOCAB, num_layers: 0, ..test_config() };
+        let cols = config.hidden_size;
+        let mut next = noise(7);
+        let mut rows: Vec<f32> = (0..VOCAB * cols).map(|_| next()).collect();
+        for row in 1..VOCAB {
+            if row % 3 != 0 {
+                rows.copy_within((row - 1) * cols..row * cols, row * cols);
+            }
+            if row % 3 == 2 {
+                rows[row * cols + row % cols] = rows[row * cols + row % cols].next_up();
+            }
+        }
+        let bytes: Vec<u8> = rows.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        let data = MappedBytes::from_memory(bytes.into());
+        let embedding = DenseMatrix { rows: VOCAB, cols, encoding: DenseEncoding::F32, data };
+        let screen = Some(pack(&embedding, kernel.isa(), pool));
+        let (rope, output_norm, layout) = (Rope::new(&config), vec![1.0; cols], kernel.layout());
+        Model { config, kernel, rope, embedding, layers: Vec::new(), output_norm, head: None, screen, layout }
+    }
+
+    #[test]
+    fn the_greedy_choice_is_that_of_the_full_precision_head() {
+        for &kernel in kernels::available() {
+            let mut pool = WorkerPool::new(2);
+            let model = head_only(kernel, &mut pool);
+            let mut workspace = Workspace::new(&model, Workspace::MAX_LOGIT_ROWS, 16, pool);
+            let (mut selection, mut num_scored) = (Selection::default(), 0);
+            for round in 0..STATES / Workspace::MAX_LOGIT_ROWS {
+                let mut next = noise(round as u64 + 100);
+                workspace.buffers.normed.fill_with(|| next().powi(3));
+                workspace.num_logit_rows = Workspace::MAX_LOGIT_ROWS;
+                let exact = model.logits(0..Workspace::MAX_LOGIT_ROWS, &mut workspace).to_vec();
+                model.screen(0..Workspace::MAX_LOGIT_ROWS, &mut workspace);
+                for (row, exact) in exact.chunks_exact(VOCAB).enumerate() {
+                    let Screened { estimates, radii } = workspace.screened(row);
+                    let ids = selection.candidates(estimates, radii, 1, kernel.isa());
+                    let scores = model.score(row, ids, &mut workspace);
+                    let max = exact.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let best = exact.iter().position(|&logit| logit == max).expect("not empty");
+                    let chosen = scores.iter().position(|&score| score == max).map(|index| ids[index] as usize);
+                    assert_eq!(chosen, Some(best), "{} row {row} of round {round}", kernel.name());
+                    for (&id, score) in ids.iter().zip(scores) {
+                        assert_eq!(score.to_bits(), exact[id as usize].to_bits());
+                    }
+                    num_scored += ids.len();
+                }
+            }
+            assert!(num_scored < STATES * VOCAB / 10, "{num_scored} scores of {STATES} states");
+        }
+    }
+
+    #[test]
+    fn a_state_that_is_not_finite_rules_nothing_out() {
+        let kernel = kernels::select("auto").expect("there is always one");
+        let mut pool = WorkerPool::new(1);
+        let model = head_only(kernel, &mut pool);
+        let mut workspace = Workspace::new(&model, 1, 16, pool);
+        workspace.buffers.normed.fill(1.0);
+        workspace.buffers.normed[5] = f32::NAN;
+        workspace.num_logit_rows = 1;
+        model.screen(0..1, &mut workspace);
+        let Screened { estimates, radii } = workspace.screened(0);
+        let mut selection = Selection::default();
+        assert_eq!(selection.candidates(estimates, radii, 1, kernel.isa()).len(), VOCAB);
+    }
+}
