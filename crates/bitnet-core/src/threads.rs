@@ -35,6 +35,8 @@ const YIELDS: u32 = 20;
 pub struct WorkerPool {
     inner: Arc<Inner>,
     handles: Vec<JoinHandle<()>>,
+    /// Where the caller belongs, when workers are pinned.
+    first_cpu: Option<usize>,
 }
 
 /// One worker's view of a phase.
@@ -49,12 +51,11 @@ impl WorkerPool {
     /// smaller, and says so in the log.
     pub fn new(num_threads: usize) -> Self {
         let inner = Arc::new(Inner::default());
-        let cpus = cpus::allowed();
+        let cpus = cpus::own(num_threads);
         let mut handles = Vec::with_capacity(num_threads.saturating_sub(1));
         for index in 1..num_threads {
             let inner = Arc::clone(&inner);
-            // With more workers than CPUs the scheduler places them better than a pin would.
-            let cpu = if num_threads <= cpus.len() { Some(cpus[index]) } else { None };
+            let cpu = cpus.get(index).copied();
             let body = move || {
                 if let Some(cpu) = cpu {
                     cpus::pin_current_thread(cpu);
@@ -69,7 +70,15 @@ impl WorkerPool {
                 }
             }
         }
-        Self { inner, handles }
+        Self { inner, handles, first_cpu: cpus.first().copied() }
+    }
+
+    /// Pins the calling thread beside the workers, for a thread that will do nothing but [`run`](Self::run): unpinned, it
+    /// is often put on a worker's CPU, and both then take turns.
+    pub fn pin_caller(&self) {
+        if let Some(cpu) = self.first_cpu {
+            cpus::pin_current_thread(cpu);
+        }
     }
 
     /// Workers, the caller included.

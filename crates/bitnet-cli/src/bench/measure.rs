@@ -54,6 +54,7 @@ impl Bench {
         let max_context = most(|case| case.context() + case.tokens());
         let kv = KvCache::new(&model, num_blocks, kv_dtype)?;
         let workspace = Workspace::new(&model, MAX_BATCH_TOKENS.max(most(Case::batch)), max_context, pool);
+        workspace.pin_caller();
         let sampler = Sampler::new(model.config().vocab_size);
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         Ok(Self { model, kv, workspace, sampler, greedy })

@@ -88,6 +88,11 @@ impl Workspace {
         Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
     }
 
+    /// Pins the calling thread beside the pool's workers: see [`WorkerPool::pin_caller`].
+    pub fn pin_caller(&self) {
+        self.pool.pin_caller();
+    }
+
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
         self.buffers.bytes()

@@ -12,10 +12,17 @@ pub fn default_num_threads() -> usize {
 }
 
 /// CPUs in the affinity mask: one of each physical core first, then their SMT siblings. Empty when unknown.
-pub(super) fn allowed() -> Vec<usize> {
+fn allowed() -> Vec<usize> {
     let (mut first, siblings): (Vec<_>, Vec<_>) = affinity().into_iter().partition(|&cpu| leads_its_core(cpu));
     first.extend(siblings);
     first
+}
+
+/// The CPUs to pin `num_threads` workers to: one of each core when they take every core this process may use. With fewer
+/// workers than cores another process may have chosen the same ones, and with more the scheduler knows better: then none.
+pub(super) fn own(num_threads: usize) -> Vec<usize> {
+    let cpus = allowed();
+    if num_threads == allowed_cores() && num_threads <= cpus.len() { cpus } else { Vec::new() }
 }
 
 fn allowed_cores() -> usize {

@@ -19,6 +19,9 @@ pub trait Executor: Send + 'static {
     /// Token ids are below this.
     fn vocab_size(&self) -> usize;
 
+    /// Called once, on the thread that will compute every step.
+    fn enter_thread(&mut self) {}
+
     /// Computes `batch`: one output a share, in order. An error ends that share's sequence and no other.
     fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>>;
 }
@@ -73,6 +76,10 @@ impl ModelExecutor {
 impl Executor for ModelExecutor {
     fn vocab_size(&self) -> usize {
         self.model.config().vocab_size
+    }
+
+    fn enter_thread(&mut self) {
+        self.workspace.pin_caller();
     }
 
     fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {

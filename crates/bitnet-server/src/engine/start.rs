@@ -93,6 +93,7 @@ impl Engine {
         let config = config.clone();
         let life = move || {
             let mut executor = executor;
+            executor.enter_thread();
             warm_up(&mut executor);
             let engine = EngineLoop::new(executor, &config, commands, shared, metrics);
             // Nobody listens when the start was given up.
