@@ -138,7 +138,7 @@ pub fn load_checkpoint(
     for note in &checkpoint.notes {
         tracing::warn!("{note}");
     }
-    let kernel = kernels::select(settings.kernel.as_deref().unwrap_or("auto"))?;
+    let kernel = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
     let options = ModelOptions { packing: supported(settings.packing, kernel)?, ..ModelOptions::default() };
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
     let tokenizer = Arc::new(Tokenizer::from_source(source)?);

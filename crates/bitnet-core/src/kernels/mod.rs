@@ -100,6 +100,42 @@ pub fn select(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
     }
 }
 
+/// As [`select`], but only a kernel that passes its self-test on this CPU. `auto` passes over those that fail, each with a
+/// log line; takes some milliseconds.
+///
+/// # Errors
+/// As [`select`], and when the kernel asked for, or every kernel, fails.
+pub fn select_tested(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
+    select(name)?;
+    let results = self_test();
+    for (kernel, result) in &results {
+        if let Err(failure) = result {
+            tracing::error!(kernel, %failure, "a kernel fails its self-test on this CPU and is not used");
+        }
+    }
+    fastest_sound(name, &results)
+}
+
+/// The fastest kernel that is called `name`, or any for `auto`, and whose result (in the order of [`available`]) is good.
+fn fastest_sound(
+    name: &str,
+    results: &[(&'static str, Result<(), SelfTestFailure>)],
+) -> Result<&'static dyn TernaryKernel, KernelError> {
+    let mut failed = Ok(available()[0]);
+    for (kernel, (_, result)) in available().iter().zip(results).rev() {
+        if name != "auto" && kernel.name() != name {
+            continue;
+        }
+        match result {
+            Ok(()) => return Ok(*kernel),
+            Err(failure) => {
+                failed = Err(KernelError::Unsound { name: kernel.name().to_owned(), failure: failure.clone() });
+            }
+        }
+    }
+    failed
+}
+
 /// Why a kernel cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
@@ -118,6 +154,14 @@ pub enum KernelError {
         name: String,
         /// Comma-separated names.
         available: String,
+    },
+    /// The kernel computes wrong results here: a defect of the CPU, its emulation or the compiler.
+    #[error("kernel `{name}` fails its self-test on this CPU ({failure}); choose another with --kernel")]
+    Unsound {
+        /// The kernel's name.
+        name: String,
+        /// What it got wrong.
+        failure: SelfTestFailure,
     },
 }
 

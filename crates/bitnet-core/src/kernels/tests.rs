@@ -445,3 +445,21 @@ fn lane_by_lane(a: &[f32], b: &[f32]) -> f32 {
     let four: Vec<f32> = (0..4).map(|lane| eight[lane] + eight[lane + 4]).collect();
     (four[0] + four[2]) + (four[1] + four[3])
 }
+
+#[test]
+fn a_kernel_that_fails_its_self_test_is_not_chosen() {
+    let failure = SelfTestFailure { operation: "2bit product".to_owned(), rows: 1, cols: 1, num_tokens: 1 };
+    let names: Vec<_> = available().iter().map(|kernel| kernel.name()).collect();
+    let fastest = names[names.len() - 1];
+    let mut results: Vec<_> = names.iter().map(|name| (*name, Ok(()))).collect();
+    assert_eq!(fastest_sound("auto", &results).unwrap().name(), fastest);
+    results.last_mut().unwrap().1 = Err(failure.clone());
+    let refused = KernelError::Unsound { name: fastest.to_owned(), failure };
+    assert_eq!(fastest_sound(fastest, &results).err(), Some(refused.clone()));
+    if names.len() > 1 {
+        assert_eq!(fastest_sound("auto", &results).unwrap().name(), names[names.len() - 2]);
+        assert_eq!(fastest_sound("scalar", &results).unwrap().name(), "scalar");
+    } else {
+        assert_eq!(fastest_sound("auto", &results).err(), Some(refused));
+    }
+}
