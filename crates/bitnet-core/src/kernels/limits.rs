@@ -8,7 +8,9 @@ use crate::threads::{SharedRows, WorkerPool};
 
 /// Larger than the last-level cache of most machines, so that hardly any of it is still there in the next round.
 const READ_BYTES: usize = 256 << 20;
-/// What a worker reads between two looks at its share.
+/// Timed at once: long against the start of a phase, short against whatever else runs on the machine.
+const WINDOW_BYTES: usize = 32 << 20;
+/// The granularity of shares.
 const BLOCK_BYTES: usize = 4096;
 /// How far ahead the blocks are asked for, as by the kernels.
 const AHEAD_BYTES: usize = 8192;
@@ -26,13 +28,15 @@ pub fn read_bytes_per_s(pool: &mut WorkerPool) -> f64 {
     let mut memory = huge_pages(READ_BYTES);
     touch(&mut memory, pool);
     let isa = super::available().last().expect("the scalar kernel is always there").isa();
-    let seconds = best_of(ROUNDS, || {
+    let mut windows = memory.chunks_exact(WINDOW_BYTES).cycle();
+    let seconds = best_of(ROUNDS * (READ_BYTES / WINDOW_BYTES) as u32, || {
+        let window = windows.next().expect("a cycle has no end");
         pool.run(&|worker| {
-            let share = worker.share(READ_BYTES, BLOCK_BYTES);
-            std::hint::black_box(isa.run(Sum(&memory[share])));
+            let share = worker.share(WINDOW_BYTES, BLOCK_BYTES);
+            std::hint::black_box(isa.run(Sum(&window[share])));
         });
     });
-    READ_BYTES as f64 / seconds
+    WINDOW_BYTES as f64 / seconds
 }
 
 /// Multiply-accumulates a second that all workers of `pool` reach together with `kernel`'s dot product of bytes, operands

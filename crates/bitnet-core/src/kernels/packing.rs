@@ -284,8 +284,11 @@ fn pack_5trit(codes: [u8; 5]) -> u8 {
 /// token, and misses in the translation tables would cost a sixth of the bandwidth.
 pub(super) fn huge_pages(len: usize) -> MmapMut {
     let memory = MmapMut::map_anon(len).expect("memory for packed weights");
+    // A page of 2 MiB for less would cost more to clear than it saves.
     #[cfg(target_os = "linux")]
-    if let Err(error) = memory.advise(memmap2::Advice::HugePage) {
+    if len >= 2 << 20
+        && let Err(error) = memory.advise(memmap2::Advice::HugePage)
+    {
         tracing::debug!(%error, "no huge pages for weights");
     }
     memory

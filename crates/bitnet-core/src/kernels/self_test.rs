@@ -137,11 +137,15 @@ fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPoo
     let mut weights = vec![0.0; cols];
     (0..rows).all(|row| {
         let Ok(()) = decode(row, &mut weights);
-        let norm = super::math::sum_squares_16(&weights).sqrt();
+        let norm = dot(&weights, &weights).sqrt();
         case.x.chunks_exact(cols).enumerate().all(|(token, x)| {
             let (estimate, radius) = (estimates[token * rows + row], radii[token * rows + row]);
-            let exact = super::math::dot_16(&weights, x);
-            (exact - estimate).abs() <= radius && radius <= 0.05 * norm * super::math::sum_squares_16(x).sqrt()
+            let off = (dot(&weights, x) - f64::from(estimate)).abs();
+            off <= f64::from(radius) && f64::from(radius) <= 0.05 * norm * dot(x, x).sqrt()
         })
     })
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }

@@ -22,8 +22,8 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// From this many tokens on, two blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = BLOCK + 1;
+/// From this many tokens on, three blocks share the work of unpacking a panel.
+const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// The first three codes of a byte, one in each pair of bits, by their value as a base-3 number.
 static FIRST_THREE: [u8; 64] = pairs_of_bits([9, 3, 1], 27);
@@ -59,7 +59,7 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
     let mut sums = [[_mm512_setzero_si512(); 5]; 2];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, tile) }.map(|half| decoder.decode(half));
+        let halves = decoder.decode_both(unsafe { load_tile(panel, tile) });
         for plane in 0..5 {
             // SAFETY: 20 codes a tile, checked by `num_tiles`.
             let x = unsafe { broadcast(codes, 5 * tile + plane) };
@@ -82,9 +82,17 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
     let decoder = Decoder::new();
     let mask = _mm512_set1_epi8(3);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
-    for tile in 0..num_tiles {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let mut halves = unsafe { load_tile(panel, tile) }.map(|half| decoder.decode(half));
+    let mut next = [[_mm512_setzero_si512(); 2]; 2];
+    for tile in 0..=num_tiles {
+        // The codes of a tile are made while those of the one before are multiplied: a step ahead of their use.
+        let mut halves = next;
+        if tile < num_tiles {
+            // SAFETY: the tile's 128 bytes lie inside the panel.
+            next = decoder.decode_both(unsafe { load_tile(panel, tile) });
+        }
+        if tile == 0 {
+            continue;
+        }
         for plane in 0..5 {
             let weights = halves.map(|half| _mm512_and_si512(half[plane / 3], mask));
             for half in &mut halves {
@@ -92,7 +100,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
             }
             for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
                 // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
-                let x = unsafe { broadcast(block, (5 * tile + plane) * N + token) };
+                let x = unsafe { broadcast(block, (5 * (tile - 1) + plane) * N + token) };
                 for half in 0..2 {
                     sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
                 }
@@ -146,26 +154,31 @@ impl Decoder {
     }
 
     /// The codes of planes 0, 1, 2 and of planes 3, 4, in the pairs of bits from the lowest up.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    #[inline]
+    ///
+    /// Always inlined, which the compiler grants only to functions without target features: a call a tile costs more than
+    /// the multiplications.
+    #[inline(always)]
     fn decode(&self, bytes: __m512i) -> [__m512i; 2] {
-        // 16-bit products: the digits above the point in the high byte, the fraction in the low one.
-        let even = _mm512_maddubs_epi16(bytes, self.even_by_27);
-        let odd = _mm512_maddubs_epi16(bytes, self.odd_by_27);
-        let first_three = self.merge_high_bytes(even, odd);
-        let even = _mm512_maddubs_epi16(even, self.even_by_9);
-        let odd = _mm512_maddubs_epi16(odd, self.even_by_9);
-        let last_two = self.merge_high_bytes(even, odd);
-        [_mm512_permutexvar_epi8(first_three, self.first_three), _mm512_shuffle_epi8(self.last_two, last_two)]
-    }
-
-    /// The high bytes of `even` in the low bytes, those of `odd` where they are.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    #[inline]
-    fn merge_high_bytes(&self, even: __m512i, odd: __m512i) -> __m512i {
         // Bits of the first operand where the mask has ones, else of the second.
         const SELECT: i32 = 0xca;
-        _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even))
+        // SAFETY: `new` needs the features used here, so the CPU that made `self` has them.
+        unsafe {
+            // 16-bit products: the digits above the point in the high byte, the fraction in the low one. The high bytes
+            // of the even products move down, those of the odd ones are where they belong.
+            let even = _mm512_maddubs_epi16(bytes, self.even_by_27);
+            let odd = _mm512_maddubs_epi16(bytes, self.odd_by_27);
+            let first = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
+            let even = _mm512_maddubs_epi16(even, self.even_by_9);
+            let odd = _mm512_maddubs_epi16(odd, self.even_by_9);
+            let last = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
+            [_mm512_permutexvar_epi8(first, self.first_three), _mm512_shuffle_epi8(self.last_two, last)]
+        }
+    }
+
+    /// [`Self::decode`] of both halves of a tile.
+    #[inline(always)]
+    fn decode_both(&self, [low, high]: [__m512i; 2]) -> [[__m512i; 2]; 2] {
+        [self.decode(low), self.decode(high)]
     }
 
     /// The codes of each plane, one a byte.
