@@ -19,14 +19,17 @@ const LENGTHS: [usize; 8] = [270, 1, 16, 17, 33, 15, 48, 5];
 const DECODED: usize = 3;
 
 #[test]
-fn logits_depend_on_no_kernel_and_no_number_of_threads() {
+fn logits_depend_on_no_kernel_no_packing_and_no_number_of_threads() {
     for (model, dtype) in [("p1_packed", KvDtype::F32), ("p1_packed", KvDtype::F16), ("p3_llama", KvDtype::F16)] {
         let checkpoint = open(&golden(model));
         let reference = hash_of_logits(&checkpoint, dtype, setup("auto", 1), 8, 512);
         for kernel in kernels::available() {
-            for num_threads in THREADS {
-                let hash = hash_of_logits(&checkpoint, dtype, setup(kernel.name(), num_threads), 3, 64);
-                assert_eq!(hash, reference, "{model} {dtype:?} {} {num_threads} threads", kernel.name());
+            let layouts = kernel.layouts().iter().flat_map(|&layout| THREADS.map(|num_threads| (layout, num_threads)));
+            for (layout, num_threads) in layouts {
+                let setup = Setup { packing: Some(layout), ..setup(kernel.name(), num_threads) };
+                let hash = hash_of_logits(&checkpoint, dtype, setup, 3, 64);
+                let packing = layout.name();
+                assert_eq!(hash, reference, "{model} {dtype:?} {} {packing} {num_threads} threads", kernel.name());
             }
         }
     }
@@ -97,7 +100,7 @@ fn output_norm(checkpoint: &mut Checkpoint, value: f32) {
 
 fn setup(kernel: &str, num_threads: usize) -> Setup {
     let kernel = kernels::select(kernel).expect("an available kernel");
-    Setup { kernel, num_threads, max_batch_tokens: MAX_BATCH_TOKENS, num_sequences: LENGTHS.len() }
+    Setup { kernel, packing: None, num_threads, max_batch_tokens: MAX_BATCH_TOKENS, num_sequences: LENGTHS.len() }
 }
 
 /// The hash of every logit of every sequence, computed `batch` sequences at a time, `chunk` prompt tokens a step.

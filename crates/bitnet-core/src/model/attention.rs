@@ -15,6 +15,8 @@
 //! What differs in the code, and changes no bit: a unit of work is up to 8 rows of one sequence times the query heads of one
 //! K/V head, so that a block is decoded once for all of them; scores are computed for the 16 positions of a block side by
 //! side. Invisible positions may be scored, but their scores and values are never used: a reused block may hold NaN.
+//! Workers share the partitions evenly; of a unit cut between workers the sums of each partition are kept, and combined in
+//! a second phase, ascending as ever.
 
 use std::ops::Range;
 
@@ -30,7 +32,7 @@ use crate::{
         math::{self, LANES},
     },
     kv_cache::{BLOCK_TOKENS, KvCache},
-    threads::{SharedRows, Worker},
+    threads::SharedRows,
 };
 
 /// Absolute positions whose scores share one maximum.
@@ -43,7 +45,9 @@ pub(super) fn store(phases: &mut Phases<'_>, kv: &mut KvCache, layer: usize, row
     phases.isa().run(Store { kv, layer, rows, k, v });
 }
 
-/// `out = attention(q, cache)`; both `[num_rows, num_heads, head_dim]`. `scratch`: [`scratch_len`] values a worker.
+/// `out = attention(q, cache)`; both `[num_rows, num_heads, head_dim]`. `scratch`: [`scratch_len`] values a worker;
+/// `partials`: [`partial_len`] values for each partition of a context, times the workers but one.
+#[expect(clippy::too_many_arguments, reason = "a step's cache, rows, input, output and memory")]
 pub(super) fn attend(
     phases: &mut Phases<'_>,
     kv: &KvCache,
@@ -52,20 +56,53 @@ pub(super) fn attend(
     q: &[f32],
     out: &mut [f32],
     scratch: &mut [f32],
+    partials: &mut [f32],
 ) {
     let geometry = kv.geometry();
     let (isa, num_kv_heads, head_dim) = (phases.isa(), geometry.num_kv_heads, geometry.head_dim);
     let group_width = q.len() / phases.num_rows / num_kv_heads;
-    let scratch_len = scratch.len() / phases.pool.num_threads();
+    let (group, num_threads) = (group_width / head_dim, phases.pool.num_threads());
+    let max_queries = QuerySpan::MAX_ROWS * group;
+    let unit_of = |span, head| Unit { kv, layer, head, head_dim, group, blocks: batch.blocks(span), span, q };
+    let placed = || place(batch.spans(), num_kv_heads, num_threads);
     // out: [num_rows * num_kv_heads, group_width]
     let out = SharedRows::new(out, group_width);
+    let scratch_len = scratch.len() / num_threads;
+    let partial_len = partial_len(max_queries, head_dim);
+    let per_slot = partials.len() / partial_len / (num_threads - 1).max(1);
+    {
+        let (scratch, partials) =
+            (SharedRows::new(&mut *scratch, scratch_len), SharedRows::new(&mut *partials, partial_len));
+        phases.pool.run(&|worker| {
+            let scratch = scratch.claim(worker.index()..worker.index() + 1);
+            for placed in placed() {
+                let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
+                match placed.slot {
+                    None if placed.first == worker.index() => isa.run(Attend { unit, out: &out, scratch }),
+                    None => {}
+                    Some(slot) => {
+                        for partition in placed.partitions_of(worker.index()) {
+                            let cell = slot * per_slot + partition;
+                            let kept = partials.claim(cell..cell + 1);
+                            isa.run(AttendPartition { unit: &unit, partition, kept, scratch: &mut *scratch });
+                        }
+                    }
+                }
+            }
+        });
+    }
+    if placed().all(|placed| placed.slot.is_none()) {
+        return;
+    }
     let scratch = SharedRows::new(scratch, scratch_len);
+    let partials = &*partials;
     phases.pool.run(&|worker| {
         let scratch = scratch.claim(worker.index()..worker.index() + 1);
-        for (span, head) in share_of(worker, batch.spans(), num_kv_heads) {
-            let unit =
-                Unit { kv, layer, head, head_dim, group: group_width / head_dim, blocks: batch.blocks(span), span, q };
-            isa.run(Attend { unit, out: &out, scratch: &mut *scratch });
+        let cut = placed().filter_map(|placed| placed.slot.map(|slot| (placed, slot)));
+        for (placed, slot) in cut.filter(|(_, slot)| slot % num_threads == worker.index()) {
+            let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
+            let kept = &partials[slot * per_slot * partial_len..][..num_partitions(placed.span) * partial_len];
+            isa.run(CombinePartitions { unit, kept, partial_len, out: &out, scratch });
         }
     });
 }
@@ -77,23 +114,66 @@ pub(super) fn scratch_len(config: &ModelConfig) -> usize {
     BLOCK_TOKENS * padded + max_queries * (PARTITION + 2 * padded + 2 * 2)
 }
 
-/// The worker's units of work (span, K/V head), balanced by visible positions: a unit belongs to the worker in whose equal
-/// share of the total cost its middle lies.
-fn share_of<'a>(
-    worker: &Worker,
-    spans: &'a [QuerySpan],
-    num_kv_heads: usize,
-) -> impl Iterator<Item = (&'a QuerySpan, usize)> {
+/// Values that keep the partitions of all units that can be cut, for contexts of at most `max_context`.
+pub(super) fn partials_len(config: &ModelConfig, max_context: usize, num_threads: usize) -> usize {
+    let max_queries = QuerySpan::MAX_ROWS * (config.num_heads / config.num_kv_heads);
+    (num_threads - 1) * max_context.div_ceil(PARTITION) * partial_len(max_queries, config.head_dim)
+}
+
+/// Values that keep one partition: sums, then maximum and sum of weights, for each query.
+fn partial_len(max_queries: usize, head_dim: usize) -> usize {
+    max_queries * (head_dim.next_multiple_of(LANES) + 2)
+}
+
+fn num_partitions(span: &QuerySpan) -> usize {
+    (span.start + span.rows.len()).div_ceil(PARTITION)
+}
+
+/// A unit of work (span, K/V head) and the workers it falls to.
+struct Placed<'a> {
+    span: &'a QuerySpan,
+    head: usize,
+    /// The workers of the first and the last partition.
+    first: usize,
+    last: usize,
+    /// Where its partitions are kept when these differ: there are fewer such units than workers.
+    slot: Option<usize>,
+    /// Cost of all units before, and of all units; the number of workers.
+    before: usize,
+    total: usize,
+    num_threads: usize,
+}
+
+/// All units in order, balanced by visible positions: a partition belongs to the worker in whose equal share of the total
+/// cost its middle lies.
+fn place(spans: &[QuerySpan], num_kv_heads: usize, num_threads: usize) -> impl Iterator<Item = Placed<'_>> {
     let cost = |span: &QuerySpan| span.rows.len() * (span.start + span.rows.len());
-    let total: usize = spans.iter().map(cost).sum::<usize>() * num_kv_heads;
-    let (index, num_threads) = (worker.index(), worker.num_threads());
-    let mut before = 0;
+    let total = spans.iter().map(cost).sum::<usize>() * num_kv_heads;
+    let (mut before, mut num_cut) = (0, 0);
     let units = spans.iter().flat_map(move |span| (0..num_kv_heads).map(move |head| (span, head)));
-    units.filter(move |(span, _)| {
-        let middle = 2 * before + cost(span);
+    units.map(move |(span, head)| {
+        let mut placed = Placed { span, head, first: 0, last: 0, slot: None, before, total, num_threads };
+        (placed.first, placed.last) = (placed.worker_of(0), placed.worker_of(num_partitions(span) - 1));
+        if placed.first != placed.last {
+            placed.slot = Some(num_cut);
+            num_cut += 1;
+        }
         before += cost(span);
-        middle * num_threads / (2 * total) == index
+        placed
     })
+}
+
+impl Placed<'_> {
+    /// Ascending with the partition, and from unit to unit.
+    fn worker_of(&self, partition: usize) -> usize {
+        let (num_rows, end) = (self.span.rows.len(), self.span.start + self.span.rows.len());
+        let bounds = partition * PARTITION + end.min((partition + 1) * PARTITION);
+        (2 * self.before + num_rows * bounds) * self.num_threads / (2 * self.total)
+    }
+
+    fn partitions_of(&self, worker: usize) -> impl Iterator<Item = usize> + '_ {
+        (0..num_partitions(self.span)).filter(move |&partition| self.worker_of(partition) == worker)
+    }
 }
 
 struct Store<'a> {
@@ -161,9 +241,57 @@ impl FloatOp for Attend<'_> {
         scratch.total.fill(0.0);
         scratch.total_softmax.fill([f32::NEG_INFINITY, 0.0]);
         for start in (0..unit.end()).step_by(PARTITION) {
-            unit.score(start, &mut scratch);
-            unit.softmax(start, &mut scratch);
-            unit.weigh(start, &mut scratch);
+            unit.attend_partition(start, &mut scratch);
+            unit.combine(start, &mut scratch);
+        }
+        unit.finish(&scratch, out);
+    }
+}
+
+/// One partition of a unit that is cut between workers; `kept` is for [`CombinePartitions`].
+struct AttendPartition<'a> {
+    unit: &'a Unit<'a>,
+    partition: usize,
+    kept: &'a mut [f32],
+    scratch: &'a mut [f32],
+}
+
+impl FloatOp for AttendPartition<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { unit, partition, kept, scratch } = self;
+        let mut scratch = Scratch::split(scratch, unit.num_queries(), unit.head_dim.next_multiple_of(LANES));
+        unit.attend_partition(partition * PARTITION, &mut scratch);
+        let (sums, softmax) = kept.split_at_mut(scratch.partial.len());
+        sums.copy_from_slice(scratch.partial);
+        softmax.as_chunks_mut().0[..unit.num_queries()].copy_from_slice(scratch.partial_softmax);
+    }
+}
+
+/// The end of [`Attend`] for a unit whose partitions were kept: `kept: [num_partitions, partial_len]`.
+struct CombinePartitions<'a> {
+    unit: Unit<'a>,
+    kept: &'a [f32],
+    partial_len: usize,
+    out: &'a SharedRows<'a, f32>,
+    scratch: &'a mut [f32],
+}
+
+impl FloatOp for CombinePartitions<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { unit, kept, partial_len, out, scratch } = self;
+        let mut scratch = Scratch::split(scratch, unit.num_queries(), unit.head_dim.next_multiple_of(LANES));
+        scratch.total.fill(0.0);
+        scratch.total_softmax.fill([f32::NEG_INFINITY, 0.0]);
+        for (kept, start) in kept.chunks_exact(partial_len).zip((0..).step_by(PARTITION)) {
+            let (sums, softmax) = kept.split_at(scratch.partial.len());
+            scratch.partial.copy_from_slice(sums);
+            scratch.partial_softmax.copy_from_slice(&softmax.as_chunks().0[..unit.num_queries()]);
             unit.combine(start, &mut scratch);
         }
         unit.finish(&scratch, out);
@@ -205,6 +333,14 @@ impl Unit<'_> {
     fn visible_blocks(&self, start: usize) -> impl Iterator<Item = (BlockId, usize)> + '_ {
         let end = self.end().min(start + PARTITION);
         self.blocks[start / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS)].iter().copied().zip((0..).step_by(BLOCK_TOKENS))
+    }
+
+    /// Maximum, sum of weights and weighted values of the partition at `start`.
+    #[inline(always)]
+    fn attend_partition(&self, start: usize, scratch: &mut Scratch<'_>) {
+        self.score(start, scratch);
+        self.softmax(start, scratch);
+        self.weigh(start, scratch);
     }
 
     /// Scores of the partition at `start`: `scores[query][position - start]`.
@@ -465,7 +601,8 @@ mod tests {
         let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
         for kernel in kernels::available() {
             let mut kv = KvCache::with_geometry(Geometry::new(&config, KvDtype::F32), NUM_BLOCKS).expect("small");
-            let mut pool = WorkerPool::new(2);
+            // Three workers cut units of one partition and of two.
+            let mut pool = WorkerPool::new(3);
             for (start, end) in [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)] {
                 let tokens = vec![TokenId(1); end - start];
                 let sequence = BatchSequence { tokens: &tokens, start, block_table: &table, logits: LogitRows::None };
@@ -475,8 +612,9 @@ mod tests {
                 store(phases, &mut kv, 1, batch.rows(), &k, &v);
                 let q = rows(0, start..end, q_width);
                 let mut out = vec![0.0; q.len()];
-                let mut scratch = vec![f32::NAN; 2 * scratch_len(&config)];
-                attend(phases, &kv, 1, &batch, &q, &mut out, &mut scratch);
+                let mut scratch = vec![f32::NAN; 3 * scratch_len(&config)];
+                let mut partials = vec![f32::NAN; partials_len(&config, 600, 3)];
+                attend(phases, &kv, 1, &batch, &q, &mut out, &mut scratch, &mut partials);
                 for (i, (q, out)) in q.chunks_exact(20).zip(out.chunks_exact(20)).enumerate() {
                     let expected = specification(q, start + i / 6, i % 6 / 3, &config);
                     assert_eq!(out, expected, "{} row {} head {}", kernel.name(), start + i / 6, i % 6);
@@ -498,17 +636,21 @@ mod tests {
         };
         let batch =
             Batch::checked(&limits, &[sequence(30, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
-        for num_threads in [1, 2, 3, 5] {
-            let seen = std::sync::Mutex::new(Vec::new());
-            WorkerPool::new(num_threads).run(&|worker| {
-                let units = share_of(worker, batch.spans(), 3).map(|(span, head)| (span.rows.start, head));
-                seen.lock().expect("no panic").extend(units);
-            });
-            let mut seen = seen.into_inner().expect("no panic");
-            seen.sort_unstable();
+        for num_threads in [1, 2, 3, 5, 16] {
+            let placed: Vec<_> = place(batch.spans(), 3, num_threads).collect();
+            let units: Vec<_> = placed.iter().map(|placed| (placed.span.rows.start, placed.head)).collect();
             let starts = [0, 8, 16, 24, 30, 31];
             let expected: Vec<_> = starts.into_iter().flat_map(|row| (0..3).map(move |head| (row, head))).collect();
-            assert_eq!(seen, expected);
+            assert_eq!(units, expected);
+            let mut slots = 0..num_threads - 1;
+            for placed in &placed {
+                let mut partitions: Vec<_> =
+                    (placed.first..=placed.last).flat_map(|w| placed.partitions_of(w)).collect();
+                partitions.sort_unstable();
+                assert_eq!(partitions, (0..num_partitions(placed.span)).collect::<Vec<_>>());
+                assert!(placed.first <= placed.last && placed.last < num_threads);
+                assert_eq!(placed.slot, if placed.first == placed.last { None } else { slots.next() });
+            }
         }
     }
 }

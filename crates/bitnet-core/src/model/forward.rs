@@ -76,8 +76,21 @@ impl Model {
         let norm = |weight| RmsNorm { weight, eps };
         let (hidden_size, intermediate_size) = (self.config.hidden_size, self.config.intermediate_size);
         let phases = &mut Phases { pool: &mut workspace.pool, kernel: self.kernel, num_rows };
-        let StepBuffers { x, normed, quantized, angles, q, k, v, attended, projected, gate, up, attention: scratch } =
-            workspace.buffers.for_step(&self.config, num_rows);
+        let StepBuffers {
+            x,
+            normed,
+            quantized,
+            angles,
+            q,
+            k,
+            v,
+            attended,
+            projected,
+            gate,
+            up,
+            attention: scratch,
+            partials,
+        } = workspace.buffers.for_step(&self.config, num_rows);
 
         lm_head::embed(phases, &self.embedding, batch.rows(), x);
         rope::prepare(phases, &self.rope, batch.rows(), angles);
@@ -94,7 +107,7 @@ impl Model {
             trace(TracePoint::Value, index, v);
             rope::apply(phases, angles, q, k);
             attention::store(phases, kv, index, batch.rows(), k, v);
-            attention::attend(phases, kv, index, batch, q, attended, scratch);
+            attention::attend(phases, kv, index, batch, q, attended, scratch, partials);
             normalize_in_place(phases, layer.attn_sub_norm.as_deref().map(norm), attended, quantized);
             let n = quantized.view(num_rows, layer.o.cols());
             project_and_add(phases, n, &layer.o, projected, x);

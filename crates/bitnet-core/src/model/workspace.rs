@@ -45,6 +45,8 @@ pub(super) struct Buffers {
     pub(super) up: Vec<f32>,
     /// `[num_threads, attention::scratch_len]`
     pub(super) attention: Vec<f32>,
+    /// `[attention::partials_len]`
+    pub(super) partials: Vec<f32>,
     /// One decoded row of the head a thread, `[num_threads, hidden_size]`.
     pub(super) head_row: Vec<f32>,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
@@ -73,6 +75,8 @@ pub(super) struct StepBuffers<'a> {
     pub(super) up: &'a mut [f32],
     /// All of it, whatever the rows.
     pub(super) attention: &'a mut [f32],
+    /// All of it.
+    pub(super) partials: &'a mut [f32],
 }
 
 impl Workspace {
@@ -84,7 +88,8 @@ impl Workspace {
     /// Scratch for batches of at most `max_batch_tokens` rows and `max_context` positions.
     pub fn new(model: &Model, max_batch_tokens: usize, max_context: usize, pool: WorkerPool) -> Self {
         let max_screened_rows = if model.has_screen() { Self::MAX_SCREENED_ROWS.min(max_batch_tokens) } else { 0 };
-        let buffers = Buffers::new(model.config(), max_batch_tokens, max_screened_rows, pool.num_threads());
+        let limits = BufferLimits { max_batch_tokens, max_context, max_screened_rows };
+        let buffers = Buffers::new(model.config(), &limits, pool.num_threads());
         Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
     }
 
@@ -114,8 +119,15 @@ impl Workspace {
     }
 }
 
+struct BufferLimits {
+    max_batch_tokens: usize,
+    max_context: usize,
+    max_screened_rows: usize,
+}
+
 impl Buffers {
-    fn new(config: &ModelConfig, max_batch_tokens: usize, max_screened_rows: usize, num_threads: usize) -> Self {
+    fn new(config: &ModelConfig, limits: &BufferLimits, num_threads: usize) -> Self {
+        let BufferLimits { max_batch_tokens, max_screened_rows, .. } = *limits;
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
         let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
         let rows = |width: usize| vec![0.0; max_batch_tokens * width];
@@ -132,6 +144,7 @@ impl Buffers {
             gate: rows(intermediate_size),
             up: rows(intermediate_size),
             attention: vec![0.0; num_threads * attention::scratch_len(config)],
+            partials: vec![0.0; attention::partials_len(config, limits.max_context, num_threads)],
             head_row: vec![0.0; num_threads * hidden_size],
             logits: vec![0.0; Workspace::MAX_LOGIT_ROWS * vocab_size],
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
@@ -158,12 +171,13 @@ impl Buffers {
             gate: &mut self.gate[..num_rows * intermediate_size],
             up: &mut self.up[..num_rows * intermediate_size],
             attention: &mut self.attention,
+            partials: &mut self.partials,
         }
     }
 
     fn bytes(&self) -> usize {
         let row_buffers = [&self.x, &self.normed, &self.angles, &self.q, &self.k, &self.v, &self.attended];
-        let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention];
+        let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention, &self.partials];
         let head_buffers = [&self.head_row, &self.logits, &self.estimates, &self.radii, &self.scores];
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
         floats.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()

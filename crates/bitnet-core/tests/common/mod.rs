@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::{
     Batch, BlockId, Checkpoint, LoadOptions, Model, TokenId, checkpoint,
-    kernels::{self, TernaryKernel},
+    kernels::{self, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
-    model::{BatchSequence, LogitRows, Workspace},
+    model::{BatchSequence, LogitRows, ModelOptions, Workspace},
     threads::WorkerPool,
 };
 
@@ -17,6 +17,8 @@ pub(crate) const MAX_CONTEXT: usize = 384;
 #[derive(Clone, Copy)]
 pub(crate) struct Setup {
     pub(crate) kernel: &'static dyn TernaryKernel,
+    /// `None`: the kernel's first.
+    pub(crate) packing: Option<PackedLayout>,
     pub(crate) num_threads: usize,
     pub(crate) max_batch_tokens: usize,
     pub(crate) num_sequences: usize,
@@ -25,7 +27,7 @@ pub(crate) struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         let kernel = kernels::select("auto").expect("there is always one");
-        Self { kernel, num_threads: 1, max_batch_tokens: 64, num_sequences: 1 }
+        Self { kernel, packing: None, num_threads: 1, max_batch_tokens: 64, num_sequences: 1 }
     }
 }
 
@@ -47,7 +49,10 @@ pub(crate) struct Share<'a> {
 impl Engine {
     pub(crate) fn new(checkpoint: &Checkpoint, dtype: KvDtype, setup: Setup) -> Self {
         let mut pool = WorkerPool::new(setup.num_threads);
-        let model = Model::load(checkpoint, setup.kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
+        let packing = setup.packing.or(Some(setup.kernel.layout()));
+        let options = ModelOptions { packing, ..ModelOptions::default() };
+        let model =
+            Model::load_with(checkpoint, setup.kernel, &options, &mut pool, &|_, _| {}).expect("a good checkpoint");
         let num_blocks = setup.num_sequences * MAX_CONTEXT / BLOCK_TOKENS;
         let kv = KvCache::new(&model, num_blocks, dtype).expect("a small cache");
         let workspace = Workspace::new(&model, setup.max_batch_tokens, MAX_CONTEXT, pool);
