@@ -182,6 +182,7 @@ impl Session {
             logprobs: None,
             prompt_logprobs: None,
             cache_prompt: true,
+            priority: 0,
             client: ClientId::local(),
             deadline: Instant::now() + NO_DEADLINE,
             arrival: Instant::now(),

@@ -271,6 +271,7 @@ fn engine_config(model: &Model, config: &ServerConfig, limit_bytes: Option<u64>)
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
         max_queue: config.max_queue,
+        max_queue_tokens: config.max_queue_tokens,
         max_model_len,
         num_kv_blocks: usize::try_from(plan.num_kv_blocks).unwrap_or(usize::MAX),
         kv_dtype: config.kv_dtype,

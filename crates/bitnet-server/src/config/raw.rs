@@ -51,6 +51,9 @@ pub struct RawConfig {
     /// Requests that may wait; more are answered 503 [default: 128]
     #[arg(long, env = "BITNET_MAX_QUEUE", value_name = "N")]
     pub max_queue: Option<usize>,
+    /// Prompt tokens that may wait; more are answered 503 [default: no limit of its own]
+    #[arg(long, env = "BITNET_MAX_QUEUE_TOKENS", value_name = "N")]
+    pub max_queue_tokens: Option<usize>,
     /// Memory for keys and values, in MiB [default: four full contexts if they fit]
     #[arg(long, env = "BITNET_KV_CACHE_MB", value_name = "MB")]
     pub kv_cache_mb: Option<u64>,
@@ -222,6 +225,7 @@ overlay!(
     max_num_seqs,
     max_num_batched_tokens,
     max_queue,
+    max_queue_tokens,
     kv_cache_mb,
     kv_cache_type,
     i2s_layout,

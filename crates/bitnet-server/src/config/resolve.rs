@@ -41,6 +41,8 @@ pub struct ServerConfig {
     pub max_num_batched_tokens: usize,
     /// Requests that may wait.
     pub max_queue: usize,
+    /// Prompt tokens of requests that wait; `usize::MAX`: no limit.
+    pub max_queue_tokens: usize,
     /// Memory of the KV cache; `None`: from the memory limit.
     pub kv_cache_bytes: Option<u64>,
     /// Element type of the KV cache.
@@ -151,6 +153,10 @@ impl ServerConfig {
                 1 << 20,
             )?,
             max_queue: within("max-queue", raw.max_queue.unwrap_or(128), 1, 1 << 20)?,
+            max_queue_tokens: match raw.max_queue_tokens {
+                Some(tokens) => within("max-queue-tokens", tokens, 1, 1 << 40)?,
+                None => usize::MAX,
+            },
             kv_cache_bytes: raw.kv_cache_mb.map(|mb| mebibytes("kv-cache-mb", mb, 1)).transpose()?,
             kv_dtype: one_of("kv-cache-type", raw.kv_cache_type, &[("f16", KvDtype::F16), ("f32", KvDtype::F32)])?,
             i2s_layout: one_of(

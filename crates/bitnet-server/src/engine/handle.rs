@@ -1,5 +1,5 @@
 //! The async side of the engine: [`EngineHandle::reserve`] a place, then submit, then read one receiver a choice.
-//! One bounded channel down, one bounded channel a sequence up, nothing else. Dropping a [`SequenceStream`] cancels its
+//! One bounded channel down (and a slot past it for health probes), one bounded channel a sequence up, nothing else. Dropping a [`SequenceStream`] cancels its
 //! sequence. No model, scheduler or block lives here.
 
 use std::{
@@ -16,6 +16,7 @@ use bitnet_core::{
 };
 use tokio::sync::mpsc;
 
+use super::EngineConfig;
 use crate::{config::ClientId, metrics::Metrics};
 
 /// A validated request in token ids: the only thing the engine understands.
@@ -39,6 +40,8 @@ pub struct GenerationRequest {
     pub prompt_logprobs: Option<usize>,
     /// Whether it may use and fill the prefix cache.
     pub cache_prompt: bool,
+    /// Orders the client's own waiting requests, lower first; between clients it means nothing.
+    pub priority: i64,
     /// For whom it is.
     pub client: ClientId,
     /// When the request's time is up.
@@ -113,6 +116,9 @@ pub enum SubmitError {
     /// As many requests wait as may.
     #[error("the queue is full")]
     QueueFull,
+    /// As many prompt tokens wait as may.
+    #[error("the queue holds as many prompt tokens as it may")]
+    QueueTokens,
     /// The engine no longer takes requests.
     #[error("the engine has stopped")]
     Stopped,
@@ -130,22 +136,29 @@ impl SubmitPermit {
     /// Submits `request`: one stream a choice, in order. What does not fit the model ends with `Failed(Invalid)`.
     ///
     /// # Errors
-    /// [`SubmitError::Stopped`].
-    pub fn submit(self, request: GenerationRequest) -> Result<Vec<SequenceStream>, SubmitError> {
-        let capacity = request.max_tokens.min(self.place.0.max_model_len) + EVENTS_BESIDE_TOKENS;
-        let (senders, streams) = (0..request.num_choices)
-            .map(|_| {
-                // Bounded by all a sequence can ever say, so the engine never waits for a slow reader and a reader never
-                // holds more than its request was allowed. The channel allocates as it fills.
-                let (sender, events) = mpsc::channel(capacity);
-                (sender, SequenceStream { events })
-            })
-            .unzip();
-        let submission = Submission { request: Arc::new(request), events: senders, place: Arc::new(self.place) };
+    /// [`SubmitError::Stopped`], [`SubmitError::QueueTokens`].
+    pub fn submit(mut self, request: GenerationRequest) -> Result<Vec<SequenceStream>, SubmitError> {
+        self.place.take_tokens(request.prompt.len())?;
+        let (events, streams) = channels(&request, self.place.shared.max_model_len);
+        let submission = Submission { request: Arc::new(request), events, place: Some(Arc::new(self.place)) };
         // The channel has room for every place and the wake-up, so only a dead engine refuses.
         self.commands.try_send(Command::Submit(submission)).map_err(|_| SubmitError::Stopped)?;
         Ok(streams)
     }
+}
+
+/// Both ends of one channel a choice. Bounded by all a sequence can ever say, so the engine never waits for a slow reader and
+/// a reader never holds more than its request was allowed. The channel allocates as it fills.
+fn channels(
+    request: &GenerationRequest,
+    max_model_len: usize,
+) -> (Vec<mpsc::Sender<SequenceEvent>>, Vec<SequenceStream>) {
+    let capacity = request.max_tokens.min(max_model_len) + EVENTS_BESIDE_TOKENS;
+    let channel = |_| {
+        let (sender, events) = mpsc::channel(capacity);
+        (sender, SequenceStream { events })
+    };
+    (0..request.num_choices).map(channel).unzip()
 }
 
 /// Events of one sequence. Dropping it cancels the sequence.
@@ -189,15 +202,18 @@ pub struct EngineStatus {
 #[derive(Clone, Debug)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
+    probes: mpsc::Sender<Submission>,
     shared: Arc<Shared>,
 }
 
 impl EngineHandle {
-    /// The handle, and the receiver that goes to the engine thread.
-    pub(super) fn new(shared: Arc<Shared>) -> (Self, mpsc::Receiver<Command>) {
+    /// The handle, and the receivers that go to the engine thread.
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, Receivers) {
         // One slot a place, so a submission always fits, and one for the wake-up of a shutdown.
         let (commands, receiver) = mpsc::channel(shared.max_waiting + 1);
-        (Self { commands, shared }, receiver)
+        // Probes come one at a time.
+        let (probes, probe_receiver) = mpsc::channel(1);
+        (Self { commands, probes, shared }, (receiver, probe_receiver))
     }
 
     /// Takes a place in the queue, before any work is done for the request.
@@ -210,6 +226,21 @@ impl EngineHandle {
         }
         let place = QueuePlace::take(&self.shared).ok_or(SubmitError::QueueFull)?;
         Ok(SubmitPermit { place, commands: self.commands.clone() })
+    }
+
+    /// Submits a request that waits behind nobody, one at a time: what a health check generates.
+    ///
+    /// # Errors
+    /// [`SubmitError::QueueFull`] while another probe is on its way, [`SubmitError::Stopped`].
+    pub fn probe(&self, request: GenerationRequest) -> Result<Vec<SequenceStream>, SubmitError> {
+        let (events, streams) = channels(&request, self.shared.max_model_len);
+        let submission = Submission { request: Arc::new(request), events, place: None };
+        self.probes.try_send(submission).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => SubmitError::QueueFull,
+            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
+        })?;
+        self.wake();
+        Ok(streams)
     }
 
     /// What the engine is doing.
@@ -230,18 +261,27 @@ impl EngineHandle {
     /// first, stop submitting and wait until [`EngineHandle::status`] shows nothing running or waiting.
     pub fn shutdown(&self) {
         if !self.shared.stopping.swap(true, Ordering::AcqRel) {
-            // The flag is what counts; the message only wakes an idle engine, and is not needed when it is dead.
+            self.wake();
+        }
+    }
+
+    /// Makes an idle engine look around. One such message is in the channel at most; a dead engine needs none.
+    fn wake(&self) {
+        if !self.shared.wake_sent.swap(true, Ordering::AcqRel) {
             let _ = self.commands.try_send(Command::Wake);
         }
     }
 }
 
-/// What goes down the one channel.
+/// The engine thread's ends of the channels: requests, and probes past them.
+pub(super) type Receivers = (mpsc::Receiver<Command>, mpsc::Receiver<Submission>);
+
+/// What goes down the channel.
 #[derive(Debug)]
 pub(super) enum Command {
     /// A request with its place.
     Submit(Submission),
-    /// Look at the shutdown flag.
+    /// Look at the shutdown flag and for a probe.
     Wake,
 }
 
@@ -251,13 +291,17 @@ pub(super) struct Submission {
     pub(super) request: Arc<GenerationRequest>,
     /// One a choice.
     pub(super) events: Vec<mpsc::Sender<SequenceEvent>>,
-    /// Shared by the choices: free when the last of them runs or is gone.
-    pub(super) place: Arc<QueuePlace>,
+    /// Shared by the choices: free when the last of them runs or is gone. A probe has none.
+    pub(super) place: Option<Arc<QueuePlace>>,
 }
 
 /// One of the `max_waiting` places; its `Drop` gives it back.
 #[derive(Debug)]
-pub(super) struct QueuePlace(Arc<Shared>);
+pub(super) struct QueuePlace {
+    shared: Arc<Shared>,
+    /// Of its request's prompt, once that is known.
+    prompt_tokens: usize,
+}
 
 impl QueuePlace {
     fn take(shared: &Arc<Shared>) -> Option<Self> {
@@ -268,14 +312,28 @@ impl QueuePlace {
             })
             .ok()?;
         shared.publish_waiting();
-        Some(Self(Arc::clone(shared)))
+        Some(Self { shared: Arc::clone(shared), prompt_tokens: 0 })
+    }
+
+    /// Takes room for a prompt too. One that is larger than all there is finds room while no other waits.
+    fn take_tokens(&mut self, prompt_tokens: usize) -> Result<(), SubmitError> {
+        let most = self.shared.max_waiting_tokens;
+        let room = |taken: usize| {
+            let sum = taken.saturating_add(prompt_tokens);
+            (taken == 0 || sum <= most).then_some(sum)
+        };
+        let waiting = &self.shared.waiting_tokens;
+        waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, room).map_err(|_| SubmitError::QueueTokens)?;
+        self.prompt_tokens = prompt_tokens;
+        Ok(())
     }
 }
 
 impl Drop for QueuePlace {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
-        self.0.publish_waiting();
+        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.shared.waiting_tokens.fetch_sub(self.prompt_tokens, Ordering::AcqRel);
+        self.shared.publish_waiting();
     }
 }
 
@@ -284,11 +342,16 @@ impl Drop for QueuePlace {
 pub(super) struct Shared {
     metrics: Arc<Metrics>,
     max_waiting: usize,
+    max_waiting_tokens: usize,
     max_model_len: usize,
     waiting: AtomicUsize,
+    /// Prompt tokens of waiting requests.
+    waiting_tokens: AtomicUsize,
     pub(super) running: AtomicUsize,
     pub(super) alive: AtomicBool,
     stopping: AtomicBool,
+    /// A [`Command::Wake`] is in the channel.
+    pub(super) wake_sent: AtomicBool,
     pub(super) retry_after_seconds: AtomicU32,
     /// Milliseconds from `origin` to the start of the round in progress, plus one; 0 when idle.
     busy_since_ms: AtomicU64,
@@ -296,15 +359,18 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(max_waiting: usize, max_model_len: usize, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
-            max_waiting,
-            max_model_len,
+            max_waiting: config.max_queue,
+            max_waiting_tokens: config.max_queue_tokens,
+            max_model_len: config.max_model_len,
             waiting: AtomicUsize::new(0),
+            waiting_tokens: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
             stopping: AtomicBool::new(false),
+            wake_sent: AtomicBool::new(false),
             retry_after_seconds: AtomicU32::new(1),
             busy_since_ms: AtomicU64::new(0),
             origin: Instant::now(),
@@ -314,6 +380,7 @@ impl Shared {
     /// The gauge follows the places themselves: the engine may be deep in a step when they change.
     pub(super) fn publish_waiting(&self) {
         self.metrics.set_waiting(self.waiting.load(Ordering::Acquire));
+        self.metrics.set_queued_prompt_tokens(self.waiting_tokens.load(Ordering::Acquire));
     }
 
     /// Whether a shutdown was asked for.

@@ -7,6 +7,7 @@
 
 pub mod block_pool;
 pub mod executor;
+pub mod fairness;
 pub mod handle;
 mod pace;
 pub mod prefix_cache;

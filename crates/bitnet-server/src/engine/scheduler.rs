@@ -2,22 +2,21 @@
 //!
 //! There is no prefill phase and no decode phase, only `num_computed_tokens` catching up with the tokens of each sequence:
 //!
-//! 1. Running sequences first, oldest first, each as many tokens as it lacks and the step's budget allows. A long prompt is
-//!    chunked by the budget itself.
-//! 2. When one needs a block and none is free, the newest running sequence gives its blocks up and goes back to the head of
-//!    the queue. What it had is computed again later, to the same bits, so nobody sees it. The oldest can take every
-//!    block, and one context fits, so something always moves.
-//! 3. Then waiting sequences, strictly in order of arrival, as long as budget, places and blocks last. Each starts with the
-//!    blocks that hold its beginning already. Choices of one request wait until the first has computed their prompt.
-//!
-//! Running and waiting are both in order of arrival, and everything running is older than everything waiting.
-
-use std::collections::VecDeque;
+//! 1. Running sequences get blocks for all their tokens, in the order in which they started. When none is free, the newest one
+//!    gives its own up and waits. What it had is computed again later (or found in the cache), to the same bits, so nobody
+//!    sees it. The oldest can take every block, and one context fits, so something always moves.
+//! 2. Waiting sequences start while places and blocks last: those that were preempted first, then the least served client's
+//!    (its own order is priority, then arrival). Each takes over the blocks that hold its beginning already; choices of
+//!    one request wait until the first has computed their prompt. A client with nothing running may take one place more than
+//!    there are, so that it never waits for another's long answers; a health probe needs no place.
+//! 3. The budget goes to those that need one token, then to prompts, the least served client's first. Beside sequences that
+//!    generate, prompts get no more than the caller allows, so that a step stays short.
 
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
 use super::{
     block_pool::BlockPool,
+    fairness::ServiceCounters,
     prefix_cache::PrefixCache,
     sequence::{Sequence, SequenceId},
 };
@@ -44,7 +43,9 @@ pub struct Scheduler {
     limits: SchedulerLimits,
     blocks: BlockPool,
     prefixes: PrefixCache,
-    waiting: VecDeque<Sequence>,
+    counters: ServiceCounters,
+    waiting: Vec<Sequence>,
+    /// In the order in which they started; a probe stands before all others.
     running: Vec<Sequence>,
     num_preemptions: u64,
 }
@@ -70,7 +71,8 @@ impl Scheduler {
     pub fn new(limits: SchedulerLimits) -> Self {
         let blocks = BlockPool::new(limits.num_blocks);
         let prefixes = PrefixCache::new(limits.prefix_sharing);
-        Self { limits, blocks, prefixes, waiting: VecDeque::new(), running: Vec::new(), num_preemptions: 0 }
+        let counters = ServiceCounters::default();
+        Self { limits, blocks, prefixes, counters, waiting: Vec::new(), running: Vec::new(), num_preemptions: 0 }
     }
 
     /// Whether more sequences should be taken over from the submission channel.
@@ -80,7 +82,8 @@ impl Scheduler {
 
     /// Takes a sequence, the newest so far, into the queue.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        self.counters.arrive(sequence.request.client);
+        self.waiting.push(sequence);
     }
 
     /// Forgets a sequence wherever it is; its blocks are free at once.
@@ -89,34 +92,27 @@ impl Scheduler {
             Some(index) => self.running.remove(index),
             None => {
                 let index = self.waiting.iter().position(|sequence| sequence.id == id)?;
-                self.waiting.remove(index)?
+                self.waiting.remove(index)
             }
         };
+        self.counters.leave(sequence.request.client);
         self.release_blocks(&mut sequence);
         Some(sequence)
     }
 
-    /// Decides the next step.
-    pub fn schedule(&mut self) -> ScheduledBatch<'_> {
-        let mut budget = self.limits.max_num_batched_tokens;
-        let mut num_tokens = Vec::with_capacity(self.limits.max_num_seqs);
+    /// Decides the next step; beside sequences that generate, at most `prompt_tokens` of prompts are in it.
+    pub fn schedule(&mut self, prompt_tokens: usize) -> ScheduledBatch<'_> {
         let preemptions_before = self.num_preemptions;
-        while budget > 0 && num_tokens.len() < self.running.len() {
-            let index = num_tokens.len();
-            if self.cover_with_blocks(index) {
-                num_tokens.push(self.running[index].num_tokens_to_compute().min(budget));
-                budget -= num_tokens[index];
-            }
+        let mut covered = 0;
+        while covered < self.running.len() && self.cover_with_blocks(covered) {
+            covered += 1;
         }
         // Whoever was preempted would come straight back and be preempted again.
         if self.num_preemptions == preemptions_before {
-            while budget > 0 && self.admit_next() {
-                let newest = &self.running[self.running.len() - 1];
-                num_tokens.push(newest.num_tokens_to_compute().min(budget));
-                budget -= num_tokens[num_tokens.len() - 1];
-            }
+            while self.admit_next() {}
         }
-        let shares = self.running.iter().zip(num_tokens);
+        let num_tokens = self.shared_budget(prompt_tokens);
+        let shares = self.running.iter().zip(num_tokens).filter(|(_, num_tokens)| *num_tokens > 0);
         ScheduledBatch { shares: shares.map(|(sequence, num_tokens)| Share { sequence, num_tokens }).collect() }
     }
 
@@ -131,10 +127,11 @@ impl Scheduler {
         sequence.num_computed_tokens += num_tokens;
         self.prefixes.publish(&mut self.blocks, sequence, before);
         sequence.tokens.extend(drawn);
+        self.counters.charge(sequence.request.client, num_tokens);
         sequence
     }
 
-    /// Sequences being computed, in order of arrival.
+    /// Sequences being computed, in the order in which they started.
     pub fn running(&self) -> &[Sequence] {
         &self.running
     }
@@ -173,31 +170,78 @@ impl Scheduler {
     fn preempt_newest(&mut self) {
         if let Some(mut sequence) = self.running.pop() {
             self.release_blocks(&mut sequence);
-            self.waiting.push_front(sequence);
+            self.waiting.push(sequence);
             self.num_preemptions += 1;
         }
     }
 
-    /// Starts the oldest waiting sequence if there is a place and blocks for all its tokens, with one to spare for each
-    /// that runs, so that it is not preempted by the next step. Blocks that hold its start already are taken over.
+    /// Starts the waiting sequence whose turn it is, if there are blocks for all its tokens, with one to spare for each that
+    /// runs, so that it is not preempted by the next step. A probe makes itself room.
     fn admit_next(&mut self) -> bool {
-        let num_running = self.running.len();
-        let Some(next) = self.waiting.front_mut() else { return false };
-        if num_running >= self.limits.max_num_seqs || waits_for_prompt(next, &self.running) {
-            return false;
-        }
+        let Some(index) = self.next_in_turn() else { return false };
+        let next = &mut self.waiting[index];
         let found = self.prefixes.find(&self.blocks, next);
-        let growth = if num_running == 0 { 0 } else { num_running + 1 };
         let held = found.iter().filter(|block| self.blocks.is_used(**block)).count();
-        if self.blocks.num_available() < blocks_of(next.tokens.len()) - held + growth {
+        let needed = blocks_of(next.tokens.len()) - held;
+        let is_probe = next.is_probe;
+        let growth = if self.running.is_empty() || is_probe { 0 } else { self.running.len() + 1 };
+        let newest_is_user = self.running.last().is_some_and(|newest| !newest.is_probe);
+        if is_probe && newest_is_user && self.blocks.num_available() < needed {
+            self.preempt_newest();
+        }
+        if self.blocks.num_available() < needed + growth {
             return false;
         }
+        let mut next = self.waiting.remove(index);
         found.iter().for_each(|block| self.blocks.share(*block));
         next.num_computed_tokens = found.len() * BLOCK_TOKENS;
         next.cached_tokens.get_or_insert(next.num_computed_tokens);
         next.block_table = found;
-        self.running.extend(self.waiting.pop_front());
-        self.cover_with_blocks(num_running)
+        let at = if is_probe { 0 } else { self.running.len() };
+        self.running.insert(at, next);
+        self.cover_with_blocks(at)
+    }
+
+    /// The waiting sequence to start next, if there is a place for it.
+    fn next_in_turn(&self) -> Option<usize> {
+        let turn = |sequence: &Sequence| {
+            let started = sequence.cached_tokens.is_some();
+            let served = if started { 0 } else { self.counters.served(sequence.request.client) };
+            (!sequence.is_probe, !started, served, sequence.request.priority, sequence.id)
+        };
+        let wanted: usize = self.running.iter().map(Sequence::num_tokens_to_compute).sum();
+        let places = self.limits.max_num_seqs + self.running.iter().filter(|sequence| sequence.is_probe).count();
+        let may_start = |sequence: &Sequence| {
+            let is_new = !self.running.iter().any(|other| other.request.client == sequence.request.client);
+            let has_budget = is_new || wanted < self.limits.max_num_batched_tokens;
+            let has_place = self.running.len() < places + usize::from(is_new);
+            sequence.is_probe || (has_budget && has_place && !waits_for_prompt(sequence, &self.running))
+        };
+        let candidates = self.waiting.iter().enumerate().filter(|(_, sequence)| may_start(sequence));
+        candidates.min_by_key(|(_, sequence)| turn(sequence)).map(|(index, _)| index)
+    }
+
+    /// What each running sequence computes in this step.
+    fn shared_budget(&self, prompt_tokens: usize) -> Vec<usize> {
+        let mut budget = self.limits.max_num_batched_tokens;
+        let mut order: Vec<usize> = (0..self.running.len()).collect();
+        let is_prompt = |sequence: &Sequence| sequence.num_tokens_to_compute() > 1;
+        order.sort_by_key(|&index| {
+            let sequence = &self.running[index];
+            (!sequence.is_probe, is_prompt(sequence), self.counters.served(sequence.request.client))
+        });
+        let mut num_tokens = vec![0; self.running.len()];
+        let mut generating = false;
+        for index in order {
+            let sequence = &self.running[index];
+            if is_prompt(sequence) && std::mem::take(&mut generating) {
+                budget = budget.min(prompt_tokens);
+            }
+            generating |= !is_prompt(sequence);
+            num_tokens[index] = sequence.num_tokens_to_compute().min(budget);
+            budget -= num_tokens[index];
+        }
+        num_tokens
     }
 
     fn release_blocks(&mut self, sequence: &mut Sequence) {

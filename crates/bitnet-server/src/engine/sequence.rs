@@ -26,6 +26,8 @@ pub struct Sequence {
     pub num_computed_tokens: usize,
     /// Blocks of positions `0..`, in order.
     pub block_table: Vec<BlockId>,
+    /// Whether it is the health probe's, which waits for nobody.
+    pub is_probe: bool,
     /// Names of the leading full blocks, as far as anybody asked for them.
     pub block_names: Vec<BlockHash>,
     /// Prompt tokens that needed no computing when the sequence was first started.
@@ -43,6 +45,7 @@ impl Sequence {
             tokens,
             num_computed_tokens: 0,
             block_table: Vec::new(),
+            is_probe: false,
             block_names: Vec::new(),
             cached_tokens: None,
         }

@@ -38,6 +38,8 @@ pub struct EngineConfig {
     pub max_num_batched_tokens: usize,
     /// Most requests that may wait.
     pub max_queue: usize,
+    /// Most prompt tokens of waiting requests.
+    pub max_queue_tokens: usize,
     /// Most tokens of a sequence, prompt and output together.
     pub max_model_len: usize,
     /// Blocks of the KV cache; one full context has to fit.
@@ -86,7 +88,7 @@ impl Engine {
         metrics: Arc<Metrics>,
     ) -> Result<(EngineHandle, EngineThread), StartError> {
         config.check()?;
-        let shared = Arc::new(Shared::new(config.max_queue, config.max_model_len, Arc::clone(&metrics)));
+        let shared = Arc::new(Shared::new(config, Arc::clone(&metrics)));
         let (handle, commands) = EngineHandle::new(Arc::clone(&shared));
         let (say_end, end) = oneshot::channel();
         let (say_ready, ready) = mpsc::channel();
@@ -162,6 +164,7 @@ impl EngineConfig {
             ("max-num-seqs", self.max_num_seqs),
             ("max-num-batched-tokens", self.max_num_batched_tokens),
             ("max-queue", self.max_queue),
+            ("max-queue-tokens", self.max_queue_tokens),
             ("ctx-size", self.max_model_len),
         ] {
             if value == 0 {
@@ -191,6 +194,7 @@ fn warm_up(executor: &mut impl Executor) {
         logprobs: None,
         prompt_logprobs: None,
         cache_prompt: false,
+        priority: 0,
         client: ClientId::local(),
         deadline: now + Duration::from_secs(60),
         arrival: now,

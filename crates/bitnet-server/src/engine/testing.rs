@@ -130,6 +130,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         logprobs: None,
         prompt_logprobs: None,
         cache_prompt: true,
+        priority: 0,
         client: ClientId::local(),
         deadline: now + std::time::Duration::from_secs(3600),
         arrival: now,

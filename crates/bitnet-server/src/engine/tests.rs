@@ -11,6 +11,8 @@ use super::{
     Engine, EngineConfig, EngineEnd, EngineError, EngineHandle, EngineThread, FinishReason, GenerationRequest,
     SequenceEvent, SequenceStream, StartError, SubmitError,
     handle::Shared,
+    scheduler::{Scheduler, SchedulerLimits},
+    sequence::{Sequence, SequenceId},
     testing::{DRAWN_IDS, FakeExecutor, PANIC, POISON, hashed_token, metrics, request, score},
     thread::EngineLoop,
 };
@@ -85,12 +87,13 @@ impl Simulation {
             max_num_seqs: 1 + chance.below(6),
             max_num_batched_tokens: 1 + chance.below(40),
             max_queue: 1 + chance.below(8),
+            max_queue_tokens: if chance.below(2) == 0 { usize::MAX } else { 1 + chance.below(200) },
             max_model_len: 2 + chance.below(num_kv_blocks * 16 - 1),
             num_kv_blocks,
             kv_dtype: KvDtype::F16,
             prefix_sharing: [PrefixSharing::Off, PrefixSharing::PerClient, PrefixSharing::Everyone][chance.below(3)],
         };
-        let shared = Arc::new(Shared::new(config.max_queue, config.max_model_len, metrics()));
+        let shared = Arc::new(Shared::new(&config, metrics()));
         let (handle, commands) = EngineHandle::new(Arc::clone(&shared));
         let engine = EngineLoop::new(FakeExecutor::new(&config), &config, commands, shared, metrics());
         let longest_prompt = 1 + chance.below(config.max_model_len);
@@ -128,9 +131,26 @@ impl Simulation {
         request.prompt_logprobs = (chance.below(3) == 0).then_some(0);
         request.stop_tokens = stop_tokens;
         request.deadline = self.began + Duration::from_secs(self.round + lifetime);
-        let streams = permit.submit(request.clone()).expect("alive");
+        request.priority = chance.below(3) as i64;
+        let probes = chance.below(10) == 0;
+        let submitted = permit.submit(request.clone());
+        if probes {
+            self.probe();
+        }
+        let Ok(streams) = submitted else {
+            assert_eq!(submitted.err(), Some(SubmitError::QueueTokens));
+            assert!(self.config.max_queue_tokens < usize::MAX);
+            return;
+        };
         let request = Arc::new(request);
         self.streams.extend((0..).zip(streams).map(|(choice, stream)| (Arc::clone(&request), choice, stream)));
+    }
+
+    fn probe(&mut self) {
+        let request = super::testing::request(&[1], 1);
+        if let Ok(mut streams) = self.handle.probe(request.clone()) {
+            self.streams.push((Arc::new(request), 0, streams.remove(0)));
+        }
     }
 
     /// One round of the engine thread's loop, and what must hold after each.
@@ -149,10 +169,10 @@ impl Simulation {
         assert!(blocks.reference_counts().eq(counts), "each holder is a running sequence");
         assert_eq!(blocks.num_free() + used + blocks.num_cached(), self.config.num_kv_blocks);
         assert!(scheduler.waiting().all(|sequence| sequence.block_table.is_empty()));
-        let ids: Vec<_> = scheduler.running().iter().chain(scheduler.waiting()).map(|sequence| sequence.id).collect();
-        assert!(ids.is_sorted(), "what runs is older than what waits");
-        assert!(scheduler.running().len() <= self.config.max_num_seqs);
-        let most_waiting = self.config.max_queue + 2 + self.config.max_num_seqs; // the last request's choices, the preempted
+        let users = scheduler.running().iter().filter(|sequence| !sequence.is_probe).count();
+        assert!(users <= self.config.max_num_seqs + 1);
+        // The last request's choices, a probe, and the preempted.
+        let most_waiting = self.config.max_queue + 2 + 1 + self.config.max_num_seqs + 1;
         assert!(scheduler.waiting().len() <= most_waiting, "the queue is bounded");
         assert!(self.handle.status().waiting <= self.config.max_queue);
     }
@@ -169,7 +189,7 @@ impl Simulation {
             }
             self.turn();
         }
-        // The oldest sequence moves in every round, and one that was preempted starts again at most once for each older.
+        // A token at least is computed in every round, and one that was preempted starts again at most once for each older.
         let work: usize = self.streams.iter().map(|(request, ..)| request.prompt.len() + request.max_tokens).sum();
         let bound = self.round + 100 + 2 * (work * (1 + self.config.max_num_seqs)) as u64;
         while self.engine.has_work() || self.handle.status().waiting > 0 {
@@ -208,11 +228,118 @@ fn simulation_keeps_every_promise() {
     assert!(cached > 50_000, "{cached} cached tokens prove little about the prefix cache");
 }
 
+/// Steps of a bare scheduler: `keep` says before each step what is submitted; tokens given to each of two clients come back.
+fn served(steps: usize, limits: SchedulerLimits, mut keep: impl FnMut(&mut Scheduler, usize)) -> [usize; 2] {
+    let mut scheduler = Scheduler::new(limits);
+    let mut served = [0; 2];
+    for step in 0..steps {
+        keep(&mut scheduler, step);
+        let shares = scheduler.schedule(usize::MAX).shares;
+        let shares: Vec<_> = shares.iter().map(|share| (share.sequence.id, share.num_tokens)).collect();
+        for (id, num_tokens) in shares {
+            let sequence = scheduler.running().iter().find(|sequence| sequence.id == id).expect("it runs");
+            served[usize::from(sequence.request.client == client(1))] += num_tokens;
+            let draws = sequence.num_tokens_to_compute() == num_tokens;
+            let sequence = scheduler.advance(id, num_tokens, draws.then_some(TokenId(1)));
+            if sequence.generated().len() >= sequence.request.max_tokens {
+                scheduler.remove(id);
+            }
+        }
+    }
+    served
+}
+
+fn limits(max_num_seqs: usize) -> SchedulerLimits {
+    SchedulerLimits {
+        max_num_seqs,
+        max_num_batched_tokens: 64,
+        num_blocks: 1000,
+        max_waiting: 1000,
+        prefix_sharing: PrefixSharing::Off,
+    }
+}
+
+fn sequence(id: usize, client: ClientId, priority: i64, prompt_len: u32, max_tokens: usize) -> Sequence {
+    let prompt: Vec<u32> = (0..prompt_len).collect();
+    let request = GenerationRequest { client, priority, ..request(&prompt, max_tokens) };
+    Sequence::new(SequenceId(id as u64), Arc::new(request), 0)
+}
+
+#[test]
+fn twenty_requests_get_nobody_more_than_one() {
+    let count = |scheduler: &Scheduler, who| {
+        scheduler.waiting().chain(scheduler.running()).filter(|sequence| sequence.request.client == who).count()
+    };
+    // Twenty against five, so that both always want every place.
+    let mut id = 0;
+    let shares = served(5000, limits(4), |scheduler, _| {
+        for (who, wanted) in [(client(0), 20), (client(1), 5)] {
+            while count(scheduler, who) < wanted {
+                id += 1;
+                scheduler.add(sequence(id, who, 0, 30, 20));
+            }
+        }
+    });
+    let share = shares[1] as f64 / (shares[0] + shares[1]) as f64;
+    assert!((0.45..=0.55).contains(&share), "{shares:?}");
+    // Somebody who asks for little never waits for the answers of somebody who asks for much.
+    let mut id = 0;
+    let mut lone = None;
+    served(2000, limits(4), |scheduler, step| {
+        while count(scheduler, client(0)) < 20 {
+            id += 1;
+            scheduler.add(sequence(id, client(0), 0, 30, 200));
+        }
+        if let Some((lone_id, since)) = lone {
+            let first_token = scheduler.running().iter().any(|s| s.id == lone_id && !s.generated().is_empty());
+            assert!(first_token || step <= since + 1, "two steps at most: one for the places, one for the prompt");
+        }
+        if step % 50 == 10 {
+            id += 1;
+            lone = Some((SequenceId(id as u64), step));
+            scheduler.add(sequence(id, client(1), 0, 30, 1000));
+        } else if step % 50 == 20 {
+            let (id, _) = lone.take().expect("it came");
+            scheduler.remove(id);
+        }
+    });
+}
+
+#[test]
+fn priority_orders_the_own_requests_only() {
+    let mut scheduler = Scheduler::new(limits(1));
+    scheduler.add(sequence(1, client(0), 5, 4, 4));
+    scheduler.add(sequence(2, client(0), -5, 4, 4));
+    assert_eq!(scheduler.schedule(64).shares[0].sequence.id, SequenceId(2));
+    scheduler.add(sequence(3, client(0), -9, 4, 4));
+    scheduler.add(sequence(4, client(1), 9, 4, 4));
+    scheduler.advance(SequenceId(2), 4, Some(TokenId(1)));
+    scheduler.remove(SequenceId(2));
+    let ids: Vec<_> = scheduler.schedule(64).shares.iter().map(|share| share.sequence.id).collect();
+    assert_eq!(ids, [SequenceId(4), SequenceId(3)], "a priority says nothing to others");
+}
+
+#[test]
+fn prompts_beside_generating_sequences_are_cut_and_a_probe_waits_for_nobody() {
+    let mut scheduler = Scheduler::new(SchedulerLimits { num_blocks: 5, ..limits(1) });
+    scheduler.add(sequence(1, client(0), 0, 10, 30));
+    assert_eq!(scheduler.schedule(3).shares[0].num_tokens, 10, "alone, a prompt takes what it needs");
+    scheduler.advance(SequenceId(1), 10, Some(TokenId(1)));
+    scheduler.add(sequence(2, client(1), 0, 30, 30));
+    let shares: Vec<_> = scheduler.schedule(3).shares.iter().map(|share| share.num_tokens).collect();
+    assert_eq!(shares, [1, 3]);
+    scheduler.add(Sequence { is_probe: true, ..sequence(3, client(2), 0, 1, 1) });
+    scheduler.add(Sequence { is_probe: true, ..sequence(4, client(2), 0, 20, 1) });
+    let ids: Vec<_> = scheduler.schedule(3).shares.iter().map(|share| share.sequence.id).collect();
+    assert_eq!(ids[..2], [SequenceId(4), SequenceId(3)], "without places or blocks");
+}
+
 fn config(max_num_seqs: usize, max_queue: usize) -> EngineConfig {
     EngineConfig {
         max_num_seqs,
         max_num_batched_tokens: 16,
         max_queue,
+        max_queue_tokens: usize::MAX,
         max_model_len: 64,
         num_kv_blocks: 16,
         kv_dtype: KvDtype::F16,

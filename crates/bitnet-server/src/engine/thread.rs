@@ -13,12 +13,15 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 use super::{
     EngineConfig, EngineError, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent, TokenEvent,
     executor::{Executor, StepOutput},
-    handle::{Command, QueuePlace, Shared, Submission},
+    handle::{Command, QueuePlace, Receivers, Shared, Submission},
     pace::Pace,
     scheduler::{Scheduler, SchedulerLimits, Share},
     sequence::{Sequence, SequenceId},
 };
 use crate::metrics::{Metrics, StepPhase};
+
+/// What a step with prompts may take beside generating sequences, with a fifth of the 250 ms bound left for those.
+const STEP_SECONDS: f64 = 0.2;
 
 /// The loop's state: everything the engine thread owns.
 pub(super) struct EngineLoop<E> {
@@ -27,6 +30,7 @@ pub(super) struct EngineLoop<E> {
     /// One for each sequence in the scheduler.
     clients: HashMap<SequenceId, Client>,
     commands: mpsc::Receiver<Command>,
+    probes: mpsc::Receiver<Submission>,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
     max_model_len: usize,
@@ -59,7 +63,7 @@ impl<E: Executor> EngineLoop<E> {
     pub(super) fn new(
         executor: E,
         config: &EngineConfig,
-        commands: mpsc::Receiver<Command>,
+        (commands, probes): Receivers,
         shared: Arc<Shared>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -75,6 +79,7 @@ impl<E: Executor> EngineLoop<E> {
             scheduler,
             clients: HashMap::new(),
             commands,
+            probes,
             shared,
             metrics,
             max_model_len: config.max_model_len,
@@ -118,6 +123,7 @@ impl<E: Executor> EngineLoop<E> {
 
     /// Takes submissions over while the scheduler has room: what waits beyond that stays in the channel.
     pub(super) fn drain(&mut self) {
+        self.take_probe();
         while self.scheduler.has_room() {
             match self.commands.try_recv() {
                 Ok(command) => self.take(command),
@@ -127,7 +133,25 @@ impl<E: Executor> EngineLoop<E> {
     }
 
     fn take(&mut self, command: Command) {
-        let Command::Submit(Submission { request, events, place }) = command else { return };
+        match command {
+            Command::Submit(submission) => self.enter(submission, false),
+            // Somebody woke an idle engine: for the shutdown flag, or for a probe.
+            Command::Wake => {
+                // A swap, so that what was sent before the flag was set is seen.
+                self.shared.wake_sent.swap(false, Ordering::AcqRel);
+                self.take_probe();
+            }
+        }
+    }
+
+    fn take_probe(&mut self) {
+        if let Ok(submission) = self.probes.try_recv() {
+            self.enter(submission, true);
+        }
+    }
+
+    fn enter(&mut self, submission: Submission, is_probe: bool) {
+        let Submission { request, events, place } = submission;
         let fits = self.fits(&request);
         for (choice, events) in (0..).zip(events) {
             if !fits {
@@ -136,11 +160,12 @@ impl<E: Executor> EngineLoop<E> {
             }
             let id = SequenceId(self.next_id);
             self.next_id += 1;
-            self.scheduler.add(Sequence::new(id, Arc::clone(&request), choice));
+            let sequence = Sequence::new(id, Arc::clone(&request), choice);
+            self.scheduler.add(Sequence { is_probe, ..sequence });
             let client = Client {
                 events,
                 request: Arc::clone(&request),
-                place: Some(Arc::clone(&place)),
+                place: place.clone(),
                 started: None,
                 prompt_done: None,
                 prompt_logprobs: Vec::new(),
@@ -180,7 +205,7 @@ impl<E: Executor> EngineLoop<E> {
     }
 
     fn step(&mut self) {
-        let batch = self.scheduler.schedule();
+        let batch = self.scheduler.schedule(self.pace.prompt_tokens_within(STEP_SECONDS));
         if batch.shares.is_empty() {
             return;
         }
@@ -200,7 +225,8 @@ impl<E: Executor> EngineLoop<E> {
 
         let seconds = began.elapsed().as_secs_f64();
         self.metrics.record_step(phase, seconds, progress.len());
-        self.pace.step(progress.iter().map(|progress| progress.num_tokens).sum(), seconds);
+        let shares = progress.iter().map(|progress| progress.num_tokens);
+        self.pace.step(shares.clone().sum(), shares.filter(|num_tokens| *num_tokens > 1).sum(), seconds);
         progress.into_iter().for_each(|progress| self.update(progress));
         self.publish();
     }
@@ -248,12 +274,13 @@ impl<E: Executor> EngineLoop<E> {
         let used = blocks.num_blocks() - blocks.num_available();
         self.metrics.set_kv_blocks(blocks.num_free(), used, blocks.num_cached());
         self.metrics.set_preemptions(self.scheduler.num_preemptions());
-        self.metrics.set_queued_prompt_tokens(self.scheduler.waiting().map(Sequence::prompt_len).sum());
     }
 
     /// The end of everything that is left, in the scheduler and in the channel.
     fn fail_all(&mut self, error: EngineError) {
         self.commands.close();
+        self.probes.close();
+        self.take_probe();
         while let Ok(command) = self.commands.try_recv() {
             self.take(command);
         }

@@ -200,6 +200,10 @@ impl From<ServiceError> for ApiError {
                 let reason = Some(RejectReason::QueueFull);
                 Self { reason, ..Self::unavailable("server_overloaded", retry_after_seconds.into(), message) }
             }
+            ServiceError::OverloadedByTokens { retry_after_seconds } => {
+                let reason = Some(RejectReason::QueueTokens);
+                Self { reason, ..Self::unavailable("server_overloaded", retry_after_seconds.into(), message) }
+            }
             ServiceError::Loading => {
                 let reason = Some(RejectReason::Draining);
                 Self { reason, ..Self::unavailable("server_loading", LOADING_RETRY_SECONDS, message) }

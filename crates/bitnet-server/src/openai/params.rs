@@ -46,6 +46,8 @@ pub struct Params {
     pub return_token_ids: bool,
     /// `false` keeps the request away from the caches.
     pub cache_prompt: Option<bool>,
+    /// Orders the caller's own waiting requests, lower first.
+    pub priority: Option<i64>,
 }
 
 /// `stop`.
@@ -90,6 +92,7 @@ impl Params {
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             cache_prompt: fields.take("cache_prompt")?,
+            priority: fields.take("priority")?,
         };
         fields.accept(ACCEPTED);
         for (name, harmless) in REFUSED {
@@ -103,7 +106,6 @@ impl Params {
 const ACCEPTED: &[&str] = &[
     "metadata",
     "parallel_tool_calls",
-    "priority",
     "prompt_cache_key",
     "prompt_cache_options",
     "prompt_cache_retention",

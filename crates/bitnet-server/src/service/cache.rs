@@ -175,6 +175,7 @@ mod tests {
             max_num_seqs: 1,
             max_num_batched_tokens: 16,
             max_queue: 1,
+            max_queue_tokens: usize::MAX,
             max_model_len: 64,
             num_kv_blocks: 4,
             kv_dtype: KvDtype::F16,

@@ -64,6 +64,12 @@ pub enum ServiceError {
         /// Seconds until a place is likely to be free.
         retry_after_seconds: u32,
     },
+    /// The queue holds as many prompt tokens as it may.
+    #[error("The server is overloaded: too many prompt tokens are waiting. Please retry later.")]
+    OverloadedByTokens {
+        /// Seconds until a place is likely to be free.
+        retry_after_seconds: u32,
+    },
     /// The model is still being loaded.
     #[error("The model is being loaded. Please retry later.")]
     Loading,
@@ -115,6 +121,7 @@ impl ServiceError {
     pub(super) fn refused(error: SubmitError, retry_after_seconds: u32) -> Self {
         match error {
             SubmitError::QueueFull => Self::Overloaded { retry_after_seconds },
+            SubmitError::QueueTokens => Self::OverloadedByTokens { retry_after_seconds },
             SubmitError::Stopped => Self::EngineStopped,
         }
     }

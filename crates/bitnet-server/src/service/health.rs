@@ -1,4 +1,4 @@
-//! How the service is: a summary from atomics, and a probe that really generates a token.
+//! How the service is: a summary from atomics, and a probe that really generates a token and waits behind nobody.
 
 use std::{
     sync::Arc,
@@ -137,9 +137,8 @@ impl Service {
     }
 
     async fn generate_one(&self, arrival: Instant) -> Result<usize, SubmitError> {
-        let place = self.engine.reserve()?;
         let start = self.tokenizer().bos().or(self.stop_tokens.first().copied()).unwrap_or(TokenId(0));
-        let mut streams = place.submit(GenerationRequest {
+        let mut streams = self.engine.probe(GenerationRequest {
             prompt: vec![start],
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             num_choices: 1,
@@ -149,6 +148,7 @@ impl Service {
             logprobs: None,
             prompt_logprobs: None,
             cache_prompt: false,
+            priority: 0,
             client: ClientId::local(),
             deadline: arrival + PATIENCE,
             arrival,

@@ -204,6 +204,7 @@ impl Service {
             logprobs: settings.logprobs,
             prompt_logprobs,
             cache_prompt: settings.cache_prompt,
+            priority: settings.priority,
             client: caller.client,
             deadline: caller.arrival + self.request_timeout,
             arrival: caller.arrival,
@@ -274,7 +275,8 @@ impl Service {
     ) -> Result<Vec<SequenceStream>, ServiceError> {
         let mut streams = Vec::new();
         for (place, request) in places.into_iter().zip(requests) {
-            streams.extend(place.submit(request).map_err(|error| ServiceError::refused(error, 1))?);
+            let refused = |error| ServiceError::refused(error, self.engine.status().retry_after_seconds);
+            streams.extend(place.submit(request).map_err(refused)?);
         }
         Ok(streams)
     }

@@ -75,6 +75,8 @@ pub struct Settings {
     pub include_usage: bool,
     /// Whether caches may be used.
     pub cache_prompt: bool,
+    /// Orders the caller's own waiting requests, lower first.
+    pub priority: i64,
 }
 
 /// `max_tokens`, and whether the caller insists on it.
@@ -169,6 +171,7 @@ impl Settings {
             stream: params.stream,
             include_usage: params.include_usage,
             cache_prompt: params.cache_prompt.unwrap_or(true),
+            priority: params.priority.unwrap_or(0),
         })
     }
 }

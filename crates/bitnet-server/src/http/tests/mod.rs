@@ -119,6 +119,7 @@ impl Setup {
             max_num_seqs: 4,
             max_num_batched_tokens: 64,
             max_queue: 8,
+            max_queue_tokens: config.max_queue_tokens,
             max_model_len: CONTEXT,
             num_kv_blocks: 64,
             kv_dtype: KvDtype::F32,
