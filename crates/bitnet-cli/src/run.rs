@@ -177,6 +177,7 @@ impl Session {
             stop_tokens: Arc::clone(self.service.stop_tokens()),
             logprobs: None,
             prompt_logprobs: None,
+            constraint: None,
             deadline: Instant::now() + NO_DEADLINE,
             arrival: Instant::now(),
         };

@@ -61,6 +61,7 @@ fn requests() -> Vec<GenerationRequest> {
             stop_tokens: Arc::new([TokenId(501), TokenId(509)]),
             logprobs: (number % 2 == 0).then_some(3),
             prompt_logprobs: (number % 3 == 0).then_some(2),
+            constraint: None,
             deadline: now + Duration::from_secs(600),
             arrival: now,
         })

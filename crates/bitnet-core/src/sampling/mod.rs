@@ -5,6 +5,7 @@
 //! from `kernels` the elementary functions and [`Isa`](crate::kernels::Isa), whose loops have one order of summation
 //! everywhere. No text, no stop strings, no -9999.0 of the wire here.
 
+mod mask;
 mod noise;
 mod params;
 mod processors;
@@ -13,6 +14,7 @@ mod sampler;
 #[cfg(test)]
 mod tests;
 
+pub use mask::TokenMask;
 pub use params::{InvalidSamplingParam, SamplingParams};
 pub use sampler::Sampler;
 

@@ -2,7 +2,7 @@
 //! scheduler's side and the model's; tests have a fake one.
 
 use bitnet_core::{
-    Batch, Model,
+    Batch, Model, TokenId,
     kv_cache::KvCache,
     model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, TokenLogprobs},
@@ -11,6 +11,7 @@ use bitnet_core::{
 use super::{
     EngineError, TokenEvent,
     scheduler::{ScheduledBatch, Share, blocks_of},
+    sequence::Sequence,
 };
 
 /// Computes steps. Everything it says about a sequence depends on that sequence's tokens and parameters alone.
@@ -37,13 +38,21 @@ pub struct ModelExecutor {
     model: Model,
     kv: KvCache,
     workspace: Workspace,
+    sampler: RowReader,
+}
+
+/// What turns rows of logits into tokens.
+#[derive(Debug)]
+struct RowReader {
     sampler: Sampler,
+    /// A row after a constraint; kept for its memory.
+    masked: Vec<f32>,
 }
 
 impl ModelExecutor {
     /// Owns all that a step touches.
     pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
-        let sampler = Sampler::new(model.config().vocab_size);
+        let sampler = RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new() };
         Self { model, kv, workspace, sampler }
     }
 
@@ -92,7 +101,7 @@ impl Executor for ModelExecutor {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
                 let done = match &mut outputs[index] {
-                    Ok(output) => read_row(&mut self.sampler, row, &shares[index], position, output),
+                    Ok(output) => self.sampler.read(row, &shares[index], position, output),
                     Err(error) => Err(*error),
                 };
                 if let Err(error) = done {
@@ -150,28 +159,51 @@ fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
     }
 }
 
-/// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
-fn read_row(
-    sampler: &mut Sampler,
-    logits: &[f32],
-    share: &Share<'_>,
-    position: usize,
-    output: &mut StepOutput,
-) -> Result<(), EngineError> {
-    let sequence = share.sequence;
-    let request = &*sequence.request;
-    if let Some(&next) = sequence.tokens.get(position + 1) {
-        let scored = sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
-        output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
-    } else if share.draws() {
+impl RowReader {
+    /// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
+    fn read(
+        &mut self,
+        logits: &[f32],
+        share: &Share<'_>,
+        position: usize,
+        output: &mut StepOutput,
+    ) -> Result<(), EngineError> {
+        let sequence = share.sequence;
+        let request = &*sequence.request;
+        if let Some(&next) = sequence.tokens.get(position + 1) {
+            let scored = self.sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
+            output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
+        } else if share.draws() {
+            let token = self.draw(logits, sequence)?;
+            let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
+            output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+        }
+        Ok(())
+    }
+
+    /// The next token of `sequence`, which its constraint learns unless it is the last.
+    fn draw(&mut self, logits: &[f32], sequence: &Sequence) -> Result<TokenId, EngineError> {
+        let request = &*sequence.request;
         let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
         let key = SampleKey { choice: sequence.choice, position: sequence.tokens.len() as u32 };
-        let token = sampler
-            .sample(logits, &request.sampling, prompt, generated, banned, key)
-            .map_err(|_| EngineError::NotFinite)?;
-        let scored = request.logprobs.map(|top| sampler.logprobs(logits, token, top)).transpose();
-        output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+        let mut constraint = sequence.constraint.as_ref().map(|constraint| constraint.borrow_mut());
+        let row = match &mut constraint {
+            None => logits,
+            Some(constraint) => {
+                let allowed = constraint.allowed().map_err(|_| EngineError::Constraint)?;
+                allowed.apply(logits, &mut self.masked);
+                &self.masked
+            }
+        };
+        let drawn = self.sampler.sample(row, &request.sampling, prompt, generated, banned, key);
+        let token = drawn.map_err(|_| EngineError::NotFinite)?;
+        if let Some(constraint) = &mut constraint
+            && !request.stop_tokens.contains(&token)
+            && generated.len() + 1 < request.max_tokens
+        {
+            constraint.accept(token);
+        }
+        Ok(token)
     }
-    Ok(())
 }

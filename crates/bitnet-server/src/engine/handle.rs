@@ -16,6 +16,7 @@ use bitnet_core::{
 };
 use tokio::sync::mpsc;
 
+use super::OutputRule;
 use crate::metrics::Metrics;
 
 /// A validated request in token ids: the only thing the engine understands.
@@ -37,6 +38,8 @@ pub struct GenerationRequest {
     pub logprobs: Option<usize>,
     /// Alternatives wanted with each prompt token's log-probability (echo); `None`: none.
     pub prompt_logprobs: Option<usize>,
+    /// What the output has to look like.
+    pub constraint: Option<Arc<dyn OutputRule>>,
     /// When the request's time is up.
     pub deadline: Instant,
     /// Arrival, for queue-time metrics.
@@ -92,6 +95,9 @@ pub enum EngineError {
     /// was not validated.
     #[error("the request does not fit the model")]
     Invalid,
+    /// The constraint on the output failed; usually a schema or grammar that is too ambiguous.
+    #[error("the output constraint of the request could not be computed")]
+    Constraint,
     /// The deadline passed.
     #[error("the request ran into its time limit")]
     Timeout,

@@ -1,11 +1,11 @@
 //! One choice of a request inside the engine: its tokens, how many of them are computed, and the blocks that hold them.
 //! No events, no clock.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use bitnet_core::{BlockId, TokenId};
 
-use super::GenerationRequest;
+use super::{GenerationRequest, TokenConstraint};
 
 /// Names a sequence for the life of the engine; ascending in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,13 +26,16 @@ pub struct Sequence {
     pub num_computed_tokens: usize,
     /// Blocks of positions `0..`, in order.
     pub block_table: Vec<BlockId>,
+    /// What may come next, in step with the generated tokens; the executor's to ask and to tell.
+    pub constraint: Option<RefCell<Box<dyn TokenConstraint>>>,
 }
 
 impl Sequence {
     /// A sequence of which nothing is computed.
     pub fn new(id: SequenceId, request: Arc<GenerationRequest>, choice: u32) -> Self {
         let tokens = request.prompt.clone();
-        Self { id, request, choice, tokens, num_computed_tokens: 0, block_table: Vec::new() }
+        let constraint = request.constraint.as_ref().map(|rule| RefCell::new(rule.start()));
+        Self { id, request, choice, tokens, num_computed_tokens: 0, block_table: Vec::new(), constraint }
     }
 
     /// Tokens of the prompt.

@@ -184,6 +184,7 @@ fn warm_up(executor: &mut impl Executor) {
         stop_tokens: Arc::new([]),
         logprobs: None,
         prompt_logprobs: None,
+        constraint: None,
         deadline: now + Duration::from_secs(60),
         arrival: now,
     };

@@ -117,6 +117,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         stop_tokens: Arc::new([]),
         logprobs: None,
         prompt_logprobs: None,
+        constraint: None,
         deadline: now + std::time::Duration::from_secs(3600),
         arrival: now,
     }

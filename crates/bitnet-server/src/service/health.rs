@@ -147,6 +147,7 @@ impl Service {
             stop_tokens: Arc::new([]),
             logprobs: None,
             prompt_logprobs: None,
+            constraint: None,
             deadline: arrival + PATIENCE,
             arrival,
         })?;
