@@ -124,8 +124,8 @@ async fn threads_and_kernels_do_not_change_an_answer() {
 async fn unsupported_parameters_are_400() {
     let server = serve(&[]);
     for (field, value) in [
-        ("response_format", json!({"type": "json_object"})),
-        ("tools", json!([{"type": "function", "function": {"name": "f", "parameters": {}}}])),
+        ("response_format", json!({"type": "json_schema", "json_schema": {"name": "s", "schema": {"not": {}}}})),
+        ("tools", json!([{"type": "custom", "custom": {"name": "f"}}])),
         ("audio", json!({"voice": "x", "format": "wav"})),
     ] {
         let error = server.post("/v1/chat/completions", &chat(json!({field: value}))).await.error(400);

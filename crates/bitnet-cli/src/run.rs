@@ -184,6 +184,7 @@ impl Session {
             cache_prompt: true,
             priority: 0,
             client: ClientId::local(),
+            constraint: None,
             deadline: Instant::now() + NO_DEADLINE,
             arrival: Instant::now(),
         };

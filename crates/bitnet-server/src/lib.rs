@@ -1,11 +1,12 @@
 //! The serving library: HTTP request in, OpenAI-shaped answer out, over one engine thread.
 //!
 //! Layers, imports point down only: L0 `config`, `openai`, `metrics`; L1 `limits`, `filter`, `prompt`, `output`,
-//! `response_cache`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file, `load` and `shutdown`.
+//! `response_cache`, `grammar`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file, `load` and `shutdown`.
 
 pub mod config;
 pub mod engine;
 pub mod filter;
+pub mod grammar;
 pub mod http;
 pub mod limits;
 pub mod load;

@@ -67,6 +67,7 @@ fn requests() -> Vec<GenerationRequest> {
             cache_prompt: true,
             priority: 0,
             client: ClientId::local(),
+            constraint: None,
             deadline: now + Duration::from_secs(600),
             arrival: now,
         })

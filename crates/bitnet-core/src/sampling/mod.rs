@@ -6,6 +6,7 @@
 //! everywhere. No text, no stop strings, no -9999.0 of the wire here.
 
 mod candidates;
+mod mask;
 mod noise;
 mod params;
 mod processors;
@@ -14,6 +15,7 @@ mod sampler;
 #[cfg(test)]
 mod tests;
 
+pub use mask::TokenMask;
 pub use params::{InvalidSamplingParam, SamplingParams};
 pub use sampler::Sampler;
 

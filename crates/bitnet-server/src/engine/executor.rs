@@ -2,7 +2,7 @@
 //! scheduler's side and the model's; tests have a fake one.
 
 use bitnet_core::{
-    Batch, Model,
+    Batch, Model, TokenId,
     kv_cache::KvCache,
     model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, TokenLogprobs},
@@ -41,13 +41,21 @@ pub struct ModelExecutor {
     model: Model,
     kv: KvCache,
     workspace: Workspace,
+    sampler: RowReader,
+}
+
+/// What turns rows of logits into tokens.
+#[derive(Debug)]
+struct RowReader {
     sampler: Sampler,
+    /// A row after a constraint; kept for its memory.
+    masked: Vec<f32>,
 }
 
 impl ModelExecutor {
     /// Owns all that a step touches.
     pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
-        let sampler = Sampler::new(model.config().vocab_size);
+        let sampler = RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new() };
         Self { model, kv, workspace, sampler }
     }
 
@@ -123,7 +131,7 @@ impl ModelExecutor {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
                 let done = match &mut outputs[index] {
-                    Ok(output) => read_row(&mut self.sampler, row, &shares[index], position, output),
+                    Ok(output) => self.sampler.read(row, &shares[index], position, output),
                     Err(error) => Err(*error),
                 };
                 if let Err(error) = done {
@@ -177,7 +185,8 @@ impl Share<'_> {
     fn needs_whole_rows(&self) -> bool {
         let request = &self.sequence.request;
         let bans = self.sequence.generated().len() < request.min_tokens && !request.stop_tokens.is_empty();
-        self.scores_prompt() || request.logprobs.is_some() || bans || request.sampling.needs_whole_row()
+        let ruled = self.sequence.constraint.is_some();
+        self.scores_prompt() || request.logprobs.is_some() || bans || ruled || request.sampling.needs_whole_row()
     }
 
     /// Whether rows score prompt tokens.
@@ -211,29 +220,52 @@ fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
     }
 }
 
-/// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
-fn read_row(
-    sampler: &mut Sampler,
-    logits: &[f32],
-    share: &Share<'_>,
-    position: usize,
-    output: &mut StepOutput,
-) -> Result<(), EngineError> {
-    let sequence = share.sequence;
-    let request = &*sequence.request;
-    if let Some(&next) = sequence.tokens.get(position + 1) {
-        let scored = sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
-        output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
-    } else if share.draws() {
+impl RowReader {
+    /// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
+    fn read(
+        &mut self,
+        logits: &[f32],
+        share: &Share<'_>,
+        position: usize,
+        output: &mut StepOutput,
+    ) -> Result<(), EngineError> {
+        let sequence = share.sequence;
+        let request = &*sequence.request;
+        if let Some(&next) = sequence.tokens.get(position + 1) {
+            let scored = self.sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
+            output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
+        } else if share.draws() {
+            let token = self.draw(logits, sequence)?;
+            let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
+            output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+        }
+        Ok(())
+    }
+
+    /// The next token of `sequence`, which its constraint learns unless it is the last.
+    fn draw(&mut self, logits: &[f32], sequence: &Sequence) -> Result<TokenId, EngineError> {
+        let request = &*sequence.request;
         let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
-        let token = sampler
-            .sample(logits, &request.sampling, prompt, generated, banned, sample_key(sequence))
-            .map_err(|_| EngineError::NotFinite)?;
-        let scored = request.logprobs.map(|top| sampler.logprobs(logits, token, top)).transpose();
-        output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+        let mut constraint = sequence.constraint.as_ref().map(|constraint| constraint.borrow_mut());
+        let row = match &mut constraint {
+            None => logits,
+            Some(constraint) => {
+                let allowed = constraint.allowed().map_err(|_| EngineError::Constraint)?;
+                allowed.apply(logits, &mut self.masked);
+                &self.masked
+            }
+        };
+        let drawn = self.sampler.sample(row, &request.sampling, prompt, generated, banned, sample_key(sequence));
+        let token = drawn.map_err(|_| EngineError::NotFinite)?;
+        if let Some(constraint) = &mut constraint
+            && !request.stop_tokens.contains(&token)
+            && generated.len() + 1 < request.max_tokens
+        {
+            constraint.accept(token);
+        }
+        Ok(token)
     }
-    Ok(())
 }
 
 /// Where the next token of `sequence` is drawn.

@@ -16,7 +16,7 @@ use bitnet_core::{
 };
 use tokio::sync::mpsc;
 
-use super::EngineConfig;
+use super::{EngineConfig, OutputRule};
 use crate::{config::ClientId, metrics::Metrics};
 
 /// A validated request in token ids: the only thing the engine understands.
@@ -44,6 +44,8 @@ pub struct GenerationRequest {
     pub priority: i64,
     /// For whom it is.
     pub client: ClientId,
+    /// What the output has to look like.
+    pub constraint: Option<Arc<dyn OutputRule>>,
     /// When the request's time is up.
     pub deadline: Instant,
     /// Arrival, for queue-time metrics.
@@ -99,6 +101,9 @@ pub enum EngineError {
     /// was not validated.
     #[error("the request does not fit the model")]
     Invalid,
+    /// The constraint on the output failed; usually a schema or grammar that is too ambiguous.
+    #[error("the output constraint of the request could not be computed")]
+    Constraint,
     /// The deadline passed.
     #[error("the request ran into its time limit")]
     Timeout,

@@ -6,6 +6,7 @@
 //! The policy is in [`scheduler`], the arithmetic behind [`executor::Executor`]; each can be read and changed alone.
 
 pub mod block_pool;
+mod constraint;
 pub mod executor;
 pub mod fairness;
 pub mod handle;
@@ -20,6 +21,7 @@ pub(crate) mod testing;
 mod tests;
 mod thread;
 
+pub use constraint::{ConstraintFailed, OutputRule, TokenConstraint};
 pub use handle::{
     EngineError, EngineHandle, EngineStatus, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent,
     SequenceStream, SubmitError, SubmitPermit, TokenEvent,

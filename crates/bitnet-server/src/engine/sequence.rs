@@ -1,11 +1,11 @@
 //! One choice of a request inside the engine: its tokens, how many of them are computed, and the blocks that hold them.
 //! No events, no clock.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use bitnet_core::{BlockId, TokenId};
 
-use super::{GenerationRequest, block_pool::BlockHash};
+use super::{GenerationRequest, TokenConstraint, block_pool::BlockHash};
 
 /// Names a sequence for the life of the engine; ascending in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,12 +32,15 @@ pub struct Sequence {
     pub block_names: Vec<BlockHash>,
     /// Prompt tokens that needed no computing when the sequence was first started.
     pub cached_tokens: Option<usize>,
+    /// What may come next, in step with the generated tokens; the executor's to ask and to tell.
+    pub constraint: Option<RefCell<Box<dyn TokenConstraint>>>,
 }
 
 impl Sequence {
     /// A sequence of which nothing is computed.
     pub fn new(id: SequenceId, request: Arc<GenerationRequest>, choice: u32) -> Self {
         let tokens = request.prompt.clone();
+        let constraint = request.constraint.as_ref().map(|rule| RefCell::new(rule.start()));
         Self {
             id,
             request,
@@ -48,6 +51,7 @@ impl Sequence {
             is_probe: false,
             block_names: Vec::new(),
             cached_tokens: None,
+            constraint,
         }
     }
 

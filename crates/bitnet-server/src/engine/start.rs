@@ -196,6 +196,7 @@ fn warm_up(executor: &mut impl Executor) {
         cache_prompt: false,
         priority: 0,
         client: ClientId::local(),
+        constraint: None,
         deadline: now + Duration::from_secs(60),
         arrival: now,
     };

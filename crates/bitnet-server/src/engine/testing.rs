@@ -132,6 +132,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         cache_prompt: true,
         priority: 0,
         client: ClientId::local(),
+        constraint: None,
         deadline: now + std::time::Duration::from_secs(3600),
         arrival: now,
     }

@@ -1,11 +1,12 @@
 //! `/v1/chat/completions`: request, answer and stream.
 
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, value::RawValue};
+use serde_json::{Map, Value};
 
 use super::{
-    FinishReason, Params, Usage,
-    fields::{BodyError, Fields, read},
+    FinishReason, Params, ToolCallDelta, ToolRequest, Usage,
+    fields::{BodyError, Fields},
 };
 
 /// A request as sent.
@@ -19,6 +20,10 @@ pub struct ChatCompletionRequest {
     pub logprobs: bool,
     /// Alternatives a token.
     pub top_logprobs: Option<u64>,
+    /// Tools that may be called.
+    pub tools: Option<ToolRequest>,
+    /// How the prompt is put together.
+    pub prompt: PromptOptions,
     /// The shared parameters.
     pub params: Params,
 }
@@ -103,12 +108,6 @@ pub struct FunctionCall {
     pub arguments: Value,
 }
 
-#[derive(Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
-}
-
 impl ChatCompletionRequest {
     /// Reads a body; with `strict`, unknown fields are errors.
     ///
@@ -122,14 +121,14 @@ impl ChatCompletionRequest {
             messages: fields.require("messages")?,
             logprobs: fields.take("logprobs")?.unwrap_or(false),
             top_logprobs: fields.take("top_logprobs")?,
+            tools: ToolRequest::take(&mut fields)?,
+            prompt: PromptOptions::take(&mut fields)?,
             params: Params::take(&mut fields)?,
         };
         if max_completion_tokens.is_some() {
             request.params.max_tokens = max_completion_tokens;
             request.params.max_tokens_field = "max_completion_tokens";
         }
-        refuse_tools(&mut fields)?;
-        refuse_response_format(fields.take_raw("response_format").as_deref())?;
         for (name, harmless) in REFUSED {
             fields.refuse(name, harmless)?;
         }
@@ -138,46 +137,55 @@ impl ChatCompletionRequest {
     }
 }
 
-/// Tools may be listed when the model is told not to call them.
-fn refuse_tools(fields: &mut Fields) -> Result<(), BodyError> {
-    for (list, choice) in [("tools", "tool_choice"), ("functions", "function_call")] {
-        let listed = !fields.take::<Vec<Value>>(list)?.unwrap_or_default().is_empty();
-        let choice_value = fields.take::<Value>(choice)?;
-        match choice_value.as_ref().and_then(Value::as_str) {
-            Some("none") => {}
-            Some("auto") if !listed => {}
-            _ if listed => {
-                return Err(BodyError::unsupported(list, format!("'{list}' is not supported by this server.")));
-            }
-            _ if choice_value.is_some() => {
-                return Err(BodyError::unsupported(choice, format!("'{choice}' is not supported by this server.")));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+/// How a conversation becomes a prompt.
+#[derive(Clone, Debug, Default)]
+pub struct PromptOptions {
+    /// Whether the prompt ends where the assistant begins to speak; by default it does, unless a message is continued.
+    pub add_generation_prompt: bool,
+    /// The output goes on from the last message.
+    pub continue_final_message: bool,
+    /// Variables of the chat template.
+    pub template_variables: Map<String, Value>,
 }
 
-fn refuse_response_format(raw: Option<&RawValue>) -> Result<(), BodyError> {
-    const NAME: &str = "response_format";
-    let Some(raw) = raw else { return Ok(()) };
-    match read::<ResponseFormat>(NAME, raw)?.kind.as_str() {
-        "text" => Ok(()),
-        "json_object" | "json_schema" => {
-            Err(BodyError::unsupported(NAME, "'response_format' other than text is not supported by this server."))
+/// Template variables a caller may set: switches that published templates know. Others could reach places that are not the
+/// caller's to write.
+const TEMPLATE_VARIABLES: &[&str] =
+    &["enable_thinking", "thinking", "reasoning_effort", "date_string", "tools_in_user_message"];
+
+impl PromptOptions {
+    fn take(fields: &mut Fields) -> Result<Self, BodyError> {
+        const ADD: &str = "add_generation_prompt";
+        const CONTINUE: &str = "continue_final_message";
+        const VARIABLES: &str = "chat_template_kwargs";
+        let continue_final_message = fields.take(CONTINUE)?.unwrap_or(false);
+        let add_generation_prompt = fields.take::<bool>(ADD)?;
+        let template_variables: Map<String, Value> = fields.take(VARIABLES)?.unwrap_or_default();
+        if continue_final_message && add_generation_prompt == Some(true) {
+            return Err(BodyError::invalid(CONTINUE, format!("'{CONTINUE}' cannot be combined with '{ADD}'.")));
         }
-        _ => Err(BodyError::invalid(NAME, "'response_format.type' must be text, json_object or json_schema.")),
+        for (name, value) in &template_variables {
+            if !TEMPLATE_VARIABLES.contains(&name.as_str()) {
+                let known = TEMPLATE_VARIABLES.join(", ");
+                let message = format!("'{VARIABLES}' may set {known}.");
+                return Err(BodyError::unsupported(VARIABLES, message));
+            }
+            if value.is_object() || value.is_array() || value.as_str().is_some_and(|text| text.len() > 256) {
+                return Err(BodyError::invalid(VARIABLES, format!("'{VARIABLES}' takes switches and short texts.")));
+            }
+        }
+        let add_generation_prompt = add_generation_prompt.unwrap_or(!continue_final_message);
+        Ok(Self { add_generation_prompt, continue_final_message, template_variables })
     }
 }
 
 /// Fields of chat alone that would change the answer in a way this server cannot, and the values at which they do not.
 const REFUSED: &[(&str, &[&str])] = &[
-    ("add_generation_prompt", &["true"]),
     ("chat_template", &[]),
-    ("chat_template_kwargs", &["{}"]),
-    ("continue_final_message", &["false"]),
     ("documents", &["[]"]),
     ("echo", &["false"]),
+    ("function_call", &[r#""none""#, r#""auto""#]),
+    ("functions", &["[]"]),
     ("web_search_options", &[]),
 ];
 
@@ -198,6 +206,9 @@ pub struct ChatCompletion {
     pub usage: Usage,
     /// Which weights, kernel and version answered.
     pub system_fingerprint: String,
+    /// What the request noted down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<IndexMap<String, String>>,
     /// Ids of the prompt, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
@@ -227,10 +238,13 @@ pub struct ChatChoice {
 pub struct ResponseMessage {
     /// Always `assistant`.
     pub role: &'static str,
-    /// The text; empty rather than null.
-    pub content: String,
+    /// The text; empty rather than null, unless there are calls.
+    pub content: Option<String>,
     /// Always null; clients demand the key.
     pub refusal: Option<String>,
+    /// Calls of tools, if any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 /// `logprobs` of a chat choice.
@@ -284,6 +298,9 @@ pub struct ChatChunk {
     /// Outer `None`: no such key; inner `None`: `null`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,
+    /// Random characters, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub obfuscation: Option<String>,
     /// Ids of the prompt, if asked for, in the role chunks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
@@ -317,4 +334,7 @@ pub struct Delta {
     /// New text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    /// News of tool calls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
 }

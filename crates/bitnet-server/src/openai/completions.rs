@@ -49,7 +49,6 @@ impl CompletionRequest {
             params: Params::take(&mut fields)?,
         };
         fields.refuse("suffix", &[r#""""#])?;
-        fields.refuse("response_format", &[r#"{"type":"text"}"#])?;
         if fields.take::<u64>("best_of")?.is_some_and(|best_of| best_of != request.params.n.unwrap_or(1)) {
             return Err(BodyError::unsupported("best_of", "'best_of' is not supported unless it equals 'n'."));
         }

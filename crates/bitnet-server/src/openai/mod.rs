@@ -8,22 +8,26 @@ mod completions;
 mod error;
 mod fields;
 mod models;
+mod output;
 mod params;
 mod tokens;
+mod tools;
 
 pub use chat::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs, ChatTokenLogprob,
-    Content, ContentPart, Delta, FunctionCall, Message, ResponseMessage, Role, ToolCall, TopLogprob,
+    Content, ContentPart, Delta, FunctionCall, Message, PromptOptions, ResponseMessage, Role, ToolCall, TopLogprob,
 };
 pub use completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
 pub use error::{ErrorBody, ErrorObject};
 pub use fields::{BodyError, BodyErrorKind};
 pub use models::{ModelList, ModelObject};
+pub use output::{OutputFormat, OutputKind};
 pub use params::{Params, Stop};
 pub use tokens::{
     ApplyTemplateRequest, DetokenizeRequest, DetokenizeResponse, TemplateResponse, TokenizeInput, TokenizeRequest,
     TokenizeResponse,
 };
+pub use tools::{FunctionDefinition, FunctionDelta, ToolCallDelta, ToolRequest};
 
 use serde::Serialize;
 
@@ -35,6 +39,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
+    /// It ended with calls of tools.
+    ToolCalls,
     /// The output filter ended it.
     ContentFilter,
 }

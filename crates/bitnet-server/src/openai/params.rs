@@ -3,7 +3,10 @@
 use indexmap::IndexMap;
 use serde::Deserialize;
 
-use super::fields::{BodyError, Fields};
+use super::{
+    Content, OutputFormat,
+    fields::{BodyError, Fields},
+};
 
 /// Sampling, length and streaming parameters as sent; `None` is absent. Ranges are checked by the service.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +43,10 @@ pub struct Params {
     pub stream: bool,
     /// A usage chunk at the end of the stream.
     pub include_usage: bool,
+    /// Random characters in each chunk of a stream, so that its size tells nothing.
+    pub include_obfuscation: bool,
+    /// What the caller notes down with the request; it comes back with the answer.
+    pub metadata: Option<IndexMap<String, String>>,
     /// Generate on past the end-of-generation tokens.
     pub ignore_eos: bool,
     /// Add `token_ids` and `prompt_token_ids` to each choice.
@@ -48,6 +55,8 @@ pub struct Params {
     pub cache_prompt: Option<bool>,
     /// Orders the caller's own waiting requests, lower first.
     pub priority: Option<i64>,
+    /// What the output must look like.
+    pub output: Option<OutputFormat>,
 }
 
 /// `stop`.
@@ -63,11 +72,23 @@ pub enum Stop {
 #[derive(Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    include_obfuscation: Option<bool>,
+}
+
+/// `prediction`: a guess of the output. It never changes the tokens.
+#[derive(Deserialize)]
+struct Prediction {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(rename = "content")]
+    _content: Content,
 }
 
 impl Params {
     /// Takes the shared fields.
     pub(super) fn take(fields: &mut Fields) -> Result<Self, BodyError> {
+        let stream_options = fields.take::<StreamOptions>("stream_options")?.unwrap_or_default();
+        check_prediction(fields)?;
         let params = Self {
             max_tokens: fields.take("max_tokens")?,
             max_tokens_field: "max_tokens",
@@ -84,15 +105,14 @@ impl Params {
             stop: fields.take("stop")?,
             n: fields.take("n")?,
             stream: fields.take("stream")?.unwrap_or(false),
-            include_usage: fields
-                .take::<StreamOptions>("stream_options")?
-                .unwrap_or_default()
-                .include_usage
-                .unwrap_or(false),
+            include_usage: stream_options.include_usage.unwrap_or(false),
+            include_obfuscation: stream_options.include_obfuscation.unwrap_or(false),
+            metadata: metadata(fields)?,
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             cache_prompt: fields.take("cache_prompt")?,
             priority: fields.take("priority")?,
+            output: OutputFormat::take(fields)?,
         };
         fields.accept(ACCEPTED);
         for (name, harmless) in REFUSED {
@@ -102,9 +122,30 @@ impl Params {
     }
 }
 
+fn check_prediction(fields: &mut Fields) -> Result<(), BodyError> {
+    match fields.take::<Prediction>("prediction")? {
+        Some(prediction) if prediction.kind != "content" => {
+            Err(BodyError::invalid("prediction", "'prediction.type' must be content."))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
+    const NAME: &str = "metadata";
+    let metadata = fields.take::<IndexMap<String, String>>(NAME)?;
+    let fits = |(key, value): (&String, &String)| key.chars().count() <= 64 && value.chars().count() <= 512;
+    match &metadata {
+        Some(pairs) if pairs.len() > 16 || !pairs.iter().all(fits) => {
+            let message = "'metadata' may hold 16 pairs, with keys of 64 and values of 512 characters at most.";
+            Err(BodyError::invalid(NAME, message))
+        }
+        _ => Ok(metadata),
+    }
+}
+
 /// Fields that are taken note of elsewhere or nowhere: they never change the tokens.
 const ACCEPTED: &[&str] = &[
-    "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_options",
@@ -121,18 +162,12 @@ const ACCEPTED: &[&str] = &[
 const REFUSED: &[(&str, &[&str])] = &[
     ("audio", &[]),
     ("grammar", &[r#""""#]),
-    ("guided_choice", &[]),
-    ("guided_grammar", &[]),
-    ("guided_json", &[]),
-    ("guided_regex", &[]),
     ("include_stop_str_in_output", &["false"]),
     ("json_schema", &[]),
     ("logits_processors", &["[]"]),
     ("modalities", &[r#"["text"]"#]),
-    ("prediction", &[]),
     ("prompt_logprobs", &[]),
     ("skip_special_tokens", &["true"]),
     ("stop_token_ids", &["[]"]),
-    ("structured_outputs", &[]),
     ("use_beam_search", &["false"]),
 ];

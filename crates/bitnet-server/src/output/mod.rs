@@ -4,10 +4,12 @@
 //! Data path: engine events -> [`TextDecoder`] -> (the service's output filter) -> [`Withheld`] -> wire. Nothing in here
 //! knows requests, filters or JSON.
 
+mod calls;
 mod stop;
 mod text;
 mod withheld;
 
+pub use calls::{CallPiece, CallReader};
 pub use stop::{StopError, StopMatcher, StopStrings};
 pub use text::{Piece, TextDecoder};
 pub use withheld::Withheld;

@@ -1,15 +1,16 @@
 //! Requests' words -> token ids: chat templates and the rule that content is text and never a special token.
 //!
 //! It sits between the parsed request and the engine. It knows no wire types and no scheduling; `template.rs` renders,
-//! `disguise.rs` keeps special tokens out of content, `python_json.rs` is the templates' `tojson`.
+//! `tools.rs` describes tools to models that know none, `disguise.rs` keeps special tokens out of content, `python_json.rs` is the templates' `tojson`.
 
 mod disguise;
 mod python_json;
 mod template;
+mod tools;
 
 pub use template::{ChatTemplate, Conversation, TemplateError};
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use bitnet_core::{
     TokenId, Tokenizer,
@@ -47,6 +48,8 @@ pub struct ChatMessage {
 pub struct ChatOptions {
     /// Whether the prompt ends where the assistant begins to speak.
     pub add_generation_prompt: bool,
+    /// The prompt ends with the last message, which is not over.
+    pub continue_final_message: bool,
     /// The tools on offer, as the request describes them.
     pub tools: Option<Value>,
     /// Further template variables.
@@ -55,7 +58,7 @@ pub struct ChatOptions {
 
 impl Default for ChatOptions {
     fn default() -> Self {
-        Self { add_generation_prompt: true, tools: None, extra: Map::new() }
+        Self { add_generation_prompt: true, continue_final_message: false, tools: None, extra: Map::new() }
     }
 }
 
@@ -100,7 +103,7 @@ impl ChatPrompter {
     /// # Errors
     /// [`PromptError::Template`].
     pub fn render_chat(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<String, PromptError> {
-        Ok(self.template.render(&conversation(messages, options))?)
+        self.rendered(&self.conversation(messages, options), options)
     }
 
     /// The conversation as token ids. The template's special tokens are special, those in messages, tool results and tools
@@ -109,9 +112,9 @@ impl ChatPrompter {
     /// # Errors
     /// [`PromptError`].
     pub fn encode_chat(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<Vec<TokenId>, PromptError> {
-        let conversation = conversation(messages, options);
+        let conversation = self.conversation(messages, options);
         let disguised = self.specials.disguise(&conversation);
-        let text = self.template.render(&disguised.conversation)?;
+        let text = self.rendered(&disguised.conversation, options)?;
         let mut ids = self.tokenizer.encode_with_stand_ins(&text, &disguised.stand_ins, true)?;
         if let Some(bos) = self.tokenizer.bos()
             && ids.starts_with(&[bos, bos])
@@ -128,14 +131,40 @@ impl ChatPrompter {
     pub fn encode_text(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, PromptError> {
         Ok(self.tokenizer.encode(text, EncodeOptions { add_special_tokens, parse_special: true })?)
     }
-}
 
-fn conversation(messages: &[ChatMessage], options: &ChatOptions) -> Conversation {
-    Conversation {
-        messages: messages.iter().map(message_value).collect(),
-        tools: options.tools.clone(),
-        extra: options.extra.clone(),
-        add_generation_prompt: options.add_generation_prompt,
+    /// The text of `conversation`, cut after the last message's content if that is to be continued.
+    fn rendered(&self, conversation: &Conversation, options: &ChatOptions) -> Result<String, PromptError> {
+        let mut text = self.template.render(conversation)?;
+        if options.continue_final_message {
+            let last = conversation.messages.last().and_then(|message| message["content"].as_str()).unwrap_or_default();
+            let end = match text.rfind(last.trim()) {
+                // Templates trim, and what is continued goes on behind its own last space.
+                Some(at) if !last.trim().is_empty() => at + last.trim().len(),
+                _ => return Err(TemplateError::Refused("it does not end with the last message".to_owned()).into()),
+            };
+            text.truncate(end);
+        }
+        Ok(text)
+    }
+
+    /// What the template is given. A template that knows no tools gets them, and the calls made earlier, as text.
+    fn conversation(&self, messages: &[ChatMessage], options: &ChatOptions) -> Conversation {
+        let mut messages = Cow::Borrowed(messages);
+        let mut tools = options.tools.clone();
+        if !self.template.knows("tools")
+            && let Some(tools) = tools.take()
+        {
+            messages = tools::described(&messages, &tools).into();
+        }
+        if !self.template.knows("tool_calls") && messages.iter().any(|message| message.tool_calls.is_some()) {
+            messages = messages.iter().cloned().map(tools::spelled_out).collect();
+        }
+        Conversation {
+            messages: messages.iter().map(message_value).collect(),
+            tools,
+            extra: options.extra.clone(),
+            add_generation_prompt: options.add_generation_prompt,
+        }
     }
 }
 

@@ -14,6 +14,8 @@ use super::python_json;
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// Of the words asked about, those its source holds.
+    words: Vec<&'static str>,
 }
 
 /// What a template is rendered for. The values are JSON, because templates look at them as Python dictionaries.
@@ -71,7 +73,13 @@ impl ChatTemplate {
         // Constants are computed while compiling, so this needs the deep stack as well.
         let compiled = on_deep_stack(|| environment.add_template_owned(NAME, source.to_owned()))?;
         compiled.map_err(|error| TemplateError::Syntax(describe(&error)))?;
-        Ok(Self { environment })
+        let words = WORDS.iter().copied().filter(|word| source.contains(word)).collect();
+        Ok(Self { environment, words })
+    }
+
+    /// Whether the source mentions `word`, one of [`WORDS`].
+    pub(super) fn knows(&self, word: &str) -> bool {
+        self.words.contains(&word)
     }
 
     /// The text of `conversation`.
@@ -103,6 +111,9 @@ impl std::fmt::Debug for ChatTemplate {
         f.debug_struct("ChatTemplate").finish_non_exhaustive()
     }
 }
+
+/// What templates may or may not know of.
+const WORDS: &[&str] = &["tools", "tool_calls"];
 
 /// Hugging Face's: a line that holds only a block tag leaves no line behind.
 fn whitespace_rules() -> Result<SyntaxConfig, TemplateError> {

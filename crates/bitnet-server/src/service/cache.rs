@@ -151,7 +151,8 @@ pub(super) fn cache_key(
                 "bias",
                 sampling.logit_bias.iter().flat_map(|(id, bias)| [u64::from(id.0), u64::from(bias.to_bits())]),
             )
-            .numbers("stop tokens", request.stop_tokens.iter().map(|id| u64::from(id.0)));
+            .numbers("stop tokens", request.stop_tokens.iter().map(|id| u64::from(id.0)))
+            .bytes("constraint", request.constraint.as_ref().map_or(&[], |rule| rule.identity()));
     }
     key.finish()
 }

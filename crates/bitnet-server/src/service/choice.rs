@@ -31,6 +31,8 @@ pub(super) struct Choice {
     decoder: TextDecoder,
     filter: Option<OutputFilter>,
     withheld: Withheld<TokenEvent>,
+    /// What a stop string does to the output: an end, or, where the output has a form to keep, a cut.
+    stopped: FinishReason,
 }
 
 impl Choice {
@@ -43,7 +45,13 @@ impl Choice {
         continues: Option<TokenId>,
         filter: Option<OutputFilter>,
     ) -> Self {
-        Self { decoder: TextDecoder::new(tokenizer, stop, min_tokens, continues), filter, withheld: Withheld::new() }
+        let decoder = TextDecoder::new(tokenizer, stop, min_tokens, continues);
+        Self { decoder, filter, withheld: Withheld::new(), stopped: FinishReason::Stop }
+    }
+
+    /// An output that has a form to keep: only its own end is one, and a stop string cuts it short like a length limit.
+    pub(super) fn with_form(self) -> Self {
+        Self { stopped: FinishReason::Length, ..self }
     }
 
     /// Adds a token.
@@ -51,7 +59,7 @@ impl Choice {
         let piece = self.decoder.push(event.token);
         self.withheld.push(piece.end, event);
         if piece.stopped {
-            return self.end(&piece.text, FinishReason::Stop);
+            return self.end(&piece.text, self.stopped);
         }
         let filtered = self.filtered(&piece.text, false);
         self.delta(filtered, None)
@@ -61,8 +69,8 @@ impl Choice {
     pub(super) fn finish(&mut self, reason: engine::FinishReason) -> Delta {
         let piece = self.decoder.finish();
         let reason = match reason {
+            _ if piece.stopped => self.stopped,
             engine::FinishReason::Stop => FinishReason::Stop,
-            engine::FinishReason::Length if piece.stopped => FinishReason::Stop,
             engine::FinishReason::Length => FinishReason::Length,
         };
         let mut delta = self.end(&piece.text, reason);

@@ -111,7 +111,9 @@ impl From<EngineError> for ServiceError {
             EngineError::Timeout => Self::Timeout,
             EngineError::ShuttingDown => Self::Draining,
             EngineError::Stopped => Self::EngineStopped,
-            EngineError::NotFinite | EngineError::Invalid => Self::Internal(error.to_string()),
+            EngineError::NotFinite | EngineError::Invalid | EngineError::Constraint => {
+                Self::Internal(error.to_string())
+            }
         }
     }
 }

@@ -150,6 +150,7 @@ impl Service {
             cache_prompt: false,
             priority: 0,
             client: ClientId::local(),
+            constraint: None,
             deadline: arrival + PATIENCE,
             arrival,
         })?;

@@ -44,6 +44,7 @@ impl Meter {
         let label = match reason {
             FinishReason::Stop => FinishLabel::Stop,
             FinishReason::Length => FinishLabel::Length,
+            FinishReason::ToolCalls => FinishLabel::Stop,
             FinishReason::ContentFilter => FinishLabel::ContentFilter,
         };
         let cached = usage.prompt_tokens_details.cached_tokens;

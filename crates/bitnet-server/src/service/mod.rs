@@ -4,9 +4,11 @@
 
 mod answer;
 mod cache;
+mod calls;
 mod chat;
 mod choice;
 mod completion;
+mod constraint;
 mod error;
 mod generation;
 mod health;
@@ -23,6 +25,7 @@ pub use answer::{Answer, unix_seconds};
 pub use chat::ChatAnswer;
 pub use choice::Delta;
 pub use completion::TextAnswer;
+pub use constraint::RequestRule;
 pub use error::ServiceError;
 pub use generation::{Event, Generation, PromptInfo};
 pub use health::{Health, ProbeReport};
@@ -38,12 +41,13 @@ use std::{
 use bitnet_core::{TokenId, Tokenizer};
 
 use crate::{
-    engine::{EngineHandle, GenerationRequest, SequenceStream, SubmitPermit},
+    engine::{EngineHandle, GenerationRequest, OutputRule, SequenceStream, SubmitPermit},
     filter::ContentFilter,
+    grammar::GrammarCompiler,
     limits::ClientId,
     metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
     openai::{ChatCompletionRequest, CompletionRequest},
-    prompt::{ChatOptions, ChatPrompter},
+    prompt::ChatPrompter,
     response_cache::{CacheKey, JoinableAnswers, ResponseCache},
 };
 use answer::Identity;
@@ -82,6 +86,7 @@ pub struct Service {
     prompter: Arc<ChatPrompter>,
     engine: EngineHandle,
     stop_tokens: Arc<[TokenId]>,
+    grammars: Arc<GrammarCompiler>,
     rules: RequestRules,
     filter: Option<ContentFilter>,
     cache: Arc<ResponseCache<CachedAnswer>>,
@@ -106,8 +111,10 @@ pub struct Caller {
 impl Service {
     /// Puts the parts together.
     pub fn new(parts: Parts) -> Self {
+        let grammars = GrammarCompiler::new(Arc::clone(parts.prompter.tokenizer()), &parts.stop_tokens);
         Self {
             card: parts.card,
+            grammars: Arc::new(grammars),
             prompter: Arc::new(parts.prompter),
             engine: parts.engine,
             stop_tokens: parts.stop_tokens.into(),
@@ -130,11 +137,14 @@ impl Service {
         let request = ChatRequest::parse(wire, &self.rules)?;
         let settings = request.settings;
         let places = self.reserve(1)?;
+        let constraint = self.constraint(settings.rule.as_ref()).await?;
         let messages = self.screened_messages(request.messages)?;
-        let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &ChatOptions::default());
+        let options = request.prompt;
+        let continues = options.continue_final_message;
+        let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &options);
         let prompt = self.with_prompter(encode, "messages").await?;
-        let requests = vec![self.fit("messages", prompt, &settings, None, caller)?];
-        let generation = self.start(places, requests, &settings, false, caller)?;
+        let requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
+        let generation = self.start(places, requests, &settings, continues, caller)?;
         let identity = Identity::new("chatcmpl", &self.card);
         Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
     }
@@ -147,10 +157,11 @@ impl Service {
         self.card.names.resolve(wire.model.as_deref())?;
         let TextRequest { prompt, echo, settings } = TextRequest::parse(wire, &self.rules)?;
         let places = self.reserve(prompt.len())?;
+        let constraint = self.constraint(settings.rule.as_ref()).await?;
         let prompts = self.text_prompts(prompt).await?;
         let prompt_logprobs = settings.logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
-            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, caller)
+            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
         let requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
         let generation = self.start(places, requests, &settings, true, caller)?;
@@ -175,6 +186,7 @@ impl Service {
         prompt: Vec<TokenId>,
         settings: &Settings,
         prompt_logprobs: Option<usize>,
+        constraint: Option<Arc<dyn OutputRule>>,
         caller: Caller,
     ) -> Result<GenerationRequest, ServiceError> {
         let (context, len) = (self.card.max_model_len, prompt.len());
@@ -199,13 +211,18 @@ impl Service {
             sampling: settings.sampling.clone(),
             num_choices: settings.num_choices,
             max_tokens,
-            min_tokens: settings.min_tokens,
-            stop_tokens: if settings.ignore_eos { Arc::new([]) } else { Arc::clone(&self.stop_tokens) },
+            // A constrained output ends where its rule says.
+            min_tokens: if constraint.is_some() { 0 } else { settings.min_tokens },
+            stop_tokens: match (settings.ignore_eos, &constraint) {
+                (true, None) => Arc::new([]),
+                _ => Arc::clone(&self.stop_tokens),
+            },
             logprobs: settings.logprobs,
             prompt_logprobs,
             cache_prompt: settings.cache_prompt,
             priority: settings.priority,
             client: caller.client,
+            constraint,
             deadline: caller.arrival + self.request_timeout,
             arrival: caller.arrival,
         })
@@ -229,7 +246,8 @@ impl Service {
             let continues = prompt.last().copied().filter(|_| continues);
             let filter = self.filter.as_ref().and_then(ContentFilter::output_filter);
             let tokenizer = Arc::clone(self.tokenizer());
-            Choice::new(tokenizer, settings.stop.clone(), settings.min_tokens, continues, filter)
+            let choice = Choice::new(tokenizer, settings.stop.clone(), settings.min_tokens, continues, filter);
+            if settings.rule.as_ref().is_some_and(RequestRule::is_closed) { choice.with_form() } else { choice }
         };
         let stages: Vec<_> = (0..num_choices).map(stage).collect();
 

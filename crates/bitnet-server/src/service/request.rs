@@ -4,11 +4,17 @@
 use std::cmp::Ordering;
 
 use bitnet_core::{TokenId, sampling::SamplingParams};
+use indexmap::IndexMap;
 
-use super::ServiceError;
+use super::{ServiceError, constraint::RequestRule};
 use crate::{
-    openai::{ChatCompletionRequest, CompletionRequest, Message, Params, Prompt, Stop},
+    grammar::{CallRule, Function, Rule},
+    openai::{
+        ChatCompletionRequest, CompletionRequest, FunctionDefinition, Message, OutputFormat, OutputKind, Params,
+        Prompt, Stop, ToolRequest,
+    },
     output::StopStrings,
+    prompt::ChatOptions,
 };
 
 /// What a request may ask for, and what it gets when it does not say.
@@ -33,6 +39,8 @@ pub struct RequestRules {
 pub struct ChatRequest {
     /// The conversation, at least one message.
     pub messages: Vec<Message>,
+    /// How the prompt is put together, the tools that may be called included.
+    pub prompt: ChatOptions,
     /// The rest.
     pub settings: Settings,
 }
@@ -73,10 +81,16 @@ pub struct Settings {
     pub stream: bool,
     /// A usage chunk at the end of the stream.
     pub include_usage: bool,
+    /// Random characters in each chunk.
+    pub include_obfuscation: bool,
+    /// What the caller noted down.
+    pub metadata: Option<IndexMap<String, String>>,
     /// Whether caches may be used.
     pub cache_prompt: bool,
     /// Orders the caller's own waiting requests, lower first.
     pub priority: i64,
+    /// What the output must look like.
+    pub rule: Option<RequestRule>,
 }
 
 /// `max_tokens`, and whether the caller insists on it.
@@ -113,8 +127,17 @@ impl ChatRequest {
             }
             (true, top) => Some(alternatives("top_logprobs", top.unwrap_or(0))?),
         };
-        let settings = Settings::parse(wire.params, logprobs, None, rules)?;
-        Ok(Self { messages: wire.messages, settings })
+        let mut settings = Settings::parse(wire.params, logprobs, None, rules)?;
+        let prompt = ChatOptions {
+            add_generation_prompt: wire.prompt.add_generation_prompt,
+            continue_final_message: wire.prompt.continue_final_message,
+            tools: wire.tools.as_ref().map(|tools| tools.listed.clone()),
+            extra: wire.prompt.template_variables,
+        };
+        if let Some(tools) = wire.tools {
+            settings.rule = Some(call_rule(tools, settings.rule)?);
+        }
+        Ok(Self { messages: wire.messages, prompt, settings })
     }
 }
 
@@ -170,10 +193,44 @@ impl Settings {
             return_token_ids: params.return_token_ids,
             stream: params.stream,
             include_usage: params.include_usage,
+            include_obfuscation: params.include_obfuscation,
+            metadata: params.metadata,
             cache_prompt: params.cache_prompt.unwrap_or(true),
             priority: params.priority.unwrap_or(0),
+            rule: params.output.map(rule),
         })
     }
+}
+
+fn rule(format: OutputFormat) -> RequestRule {
+    let rule = match format.kind {
+        OutputKind::JsonObject => Rule::json_object(),
+        OutputKind::Schema(schema) => Rule::Schema(schema),
+        OutputKind::Regex(text) => Rule::Regex(text),
+        OutputKind::Choice(texts) => Rule::Choice(texts),
+        OutputKind::Grammar(text) => Rule::Lark(text),
+    };
+    RequestRule { param: format.param, path: format.path.to_owned(), rule }
+}
+
+/// The rule of an output that may call `tools`, and without calls follows `otherwise`.
+fn call_rule(tools: ToolRequest, otherwise: Option<RequestRule>) -> Result<RequestRule, ServiceError> {
+    const PARAM: &str = "tools";
+    let (path, otherwise) = match otherwise {
+        None => (PARAM.to_owned(), None),
+        Some(RequestRule { rule: Rule::Schema(schema), path, .. }) => (path, Some(schema)),
+        Some(RequestRule { param, .. }) => {
+            return Err(ServiceError::invalid(param, format!("'{param}' cannot be combined with '{PARAM}'.")));
+        }
+    };
+    let function = |function: FunctionDefinition| Function {
+        path: format!("{PARAM}[{}].function.parameters", function.index),
+        name: function.name,
+        parameters: function.parameters,
+    };
+    let functions = tools.functions.into_iter().map(function).collect();
+    let rule = CallRule { functions, required: tools.required, parallel: tools.parallel, otherwise };
+    Ok(RequestRule { param: PARAM, path, rule: Rule::Calls(rule) })
 }
 
 fn num_choices(n: Option<u64>, max: u32) -> Result<u32, ServiceError> {

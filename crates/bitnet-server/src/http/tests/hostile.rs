@@ -64,9 +64,17 @@ const FIELDS: &[(&str, &str, &str)] = &[
     (r#""return_token_ids":"x""#, "return_token_ids", INVALID),
     (r#""model":5"#, "model", INVALID),
     (r#""temperature":1,"temperature":1"#, "temperature", INVALID),
-    (r#""prediction":{"type":"content","content":"x"}"#, "prediction", UNSUPPORTED),
-    (r#""guided_json":{}"#, "guided_json", UNSUPPORTED),
-    (r#""guided_regex":"a""#, "guided_regex", UNSUPPORTED),
+    (r#""prediction":{"type":"poem","content":"x"}"#, "prediction", INVALID),
+    (r#""prediction":{"type":"content"}"#, "prediction", INVALID),
+    (r#""metadata":{"a":1}"#, "metadata", INVALID),
+    (r#""stream_options":{"include_obfuscation":1}"#, "stream_options", INVALID),
+    (r#""guided_json":{"not":{}}"#, "guided_json", UNSUPPORTED),
+    (r#""guided_json":[1]"#, "guided_json", UNSUPPORTED),
+    (r#""guided_regex":"(a""#, "guided_regex", UNSUPPORTED),
+    (r#""guided_regex":{}"#, "guided_regex", INVALID),
+    (r#""guided_choice":[]"#, "guided_choice", INVALID),
+    (r#""guided_choice":["a"],"guided_regex":"a""#, "guided_choice", INVALID),
+    (r#""guided_grammar":"start: x""#, "guided_grammar", UNSUPPORTED),
     (r#""audio":{}"#, "audio", UNSUPPORTED),
     (r#""modalities":["text","audio"]"#, "modalities", UNSUPPORTED),
 ];
@@ -80,12 +88,42 @@ const CHAT_FIELDS: &[(&str, &str, &str)] = &[
     (r#""logprobs":3"#, "logprobs", INVALID),
     (r#""max_tokens":300"#, "messages", CONTEXT_LENGTH),
     (r#""max_tokens":18446744073709551615"#, "messages", CONTEXT_LENGTH),
-    (r#""tools":[{"type":"function"}]"#, "tools", UNSUPPORTED),
-    (r#""tool_choice":"required""#, "tool_choice", UNSUPPORTED),
-    (r#""response_format":{"type":"json_object"}"#, "response_format", UNSUPPORTED),
+    (r#""tools":[{"type":"function"}]"#, "tools", INVALID),
+    (r#""tools":{}"#, "tools", INVALID),
+    (r#""tools":[{"type":"custom"}]"#, "tools", UNSUPPORTED),
+    (r#""tools":[{"type":"function","function":{"name":"a b"}}]"#, "tools", INVALID),
+    (
+        r#""tools":[{"type":"function","function":{"name":"f"}},{"type":"function","function":{"name":"f"}}]"#,
+        "tools",
+        INVALID,
+    ),
+    (r#""tools":[{"type":"function","function":{"name":"f","parameters":{"type":"array"}}}]"#, "tools", UNSUPPORTED),
+    (r#""tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"maybe""#, "tool_choice", INVALID),
+    (
+        r#""tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":{"type":"function","function":{"name":"g"}}"#,
+        "tool_choice",
+        INVALID,
+    ),
+    (
+        r#""tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":{"type":"allowed_tools"}"#,
+        "tool_choice",
+        UNSUPPORTED,
+    ),
+    (r#""functions":[{"name":"f"}]"#, "functions", UNSUPPORTED),
+    (r#""tool_choice":"required""#, "tool_choice", INVALID),
+    (r#""response_format":{"type":"json_schema"}"#, "response_format", INVALID),
+    (r#""response_format":{"type":"json_schema","json_schema":{"name":"a b"}}"#, "response_format", INVALID),
+    (
+        r#""response_format":{"type":"json_schema","json_schema":{"name":"a","schema":{"not":{}}}}"#,
+        "response_format",
+        UNSUPPORTED,
+    ),
     (r#""response_format":{"type":"poem"}"#, "response_format", INVALID),
     (r#""response_format":{}"#, "response_format", INVALID),
     (r#""chat_template":"x""#, "chat_template", UNSUPPORTED),
+    (r#""chat_template_kwargs":{"messages":[]}"#, "chat_template_kwargs", UNSUPPORTED),
+    (r#""chat_template_kwargs":{"thinking":[]}"#, "chat_template_kwargs", INVALID),
+    (r#""continue_final_message":true,"add_generation_prompt":true"#, "continue_final_message", INVALID),
 ];
 
 const TEXT_FIELDS: &[(&str, &str, &str)] = &[
@@ -183,7 +221,7 @@ async fn bad_bodies_are_named() {
     assert_eq!(missing["code"], "missing_required_parameter");
     let long = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(CONTEXT));
     refused(&server, "/v1/completions", &long, Some("prompt"), Some(CONTEXT_LENGTH)).await;
-    let deep = format!(r#"{{"metadata":{}1{},"prompt":"x"}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let deep = format!(r#"{{"user":{}1{},"prompt":"x"}}"#, "[".repeat(100_000), "]".repeat(100_000));
     assert_eq!(server.post("/v1/completions", deep).await.status, StatusCode::OK, "what is ignored is not built");
     let deep = format!(r#"{{"messages":{}1{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
     refused(&server, "/v1/chat/completions", &deep, Some("messages"), Some(INVALID)).await;

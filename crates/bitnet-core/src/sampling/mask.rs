@@ -1,0 +1,56 @@
+//! Which tokens may come next at all: one bit an id. It is laid over a row of logits before the sampler sees it.
+
+use crate::ids::TokenId;
+
+/// A set of token ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenMask {
+    /// Bit `id % 32` of word `id / 32`.
+    words: Vec<u32>,
+}
+
+impl TokenMask {
+    /// The set whose bits are `words`: bit `id % 32` of word `id / 32`.
+    pub fn from_words(words: Vec<u32>) -> Self {
+        Self { words }
+    }
+
+    /// Whether `id` is in the set.
+    pub fn contains(&self, id: TokenId) -> bool {
+        self.words.get(id.index() / 32).is_some_and(|word| word >> (id.index() % 32) & 1 == 1)
+    }
+
+    /// Whether no id is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// `logits` with every id outside the set excluded (-infinity). A value no logit may have stays, for the sampler to find.
+    pub fn apply(&self, logits: &[f32], masked: &mut Vec<f32>) {
+        let excluded = |logit: f32| if logit < f32::INFINITY { f32::NEG_INFINITY } else { logit };
+        masked.clear();
+        masked.extend((0_u32..).zip(logits).map(
+            |(id, &logit)| {
+                if self.contains(TokenId(id)) { logit } else { excluded(logit) }
+            },
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_set_keeps_its_logits_and_bad_values_stay_visible() {
+        let mask = TokenMask::from_words(vec![0b101, 1]);
+        let mut row = vec![1.0; 40];
+        row[5] = f32::NAN;
+        let mut masked = Vec::new();
+        mask.apply(&row, &mut masked);
+        let kept: Vec<_> = (0..40).filter(|&id| masked[id] == 1.0).collect();
+        assert_eq!(kept, [0, 2, 32]);
+        assert!(masked[5].is_nan());
+        assert!(!mask.contains(TokenId(64)) && !mask.is_empty() && TokenMask::default().is_empty());
+    }
+}

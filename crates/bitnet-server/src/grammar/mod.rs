@@ -1,0 +1,192 @@
+//! What an output must look like -> which tokens may come next. Schemas, expressions, choices, grammars and tool calls are
+//! compiled for one vocabulary; a [`Matcher`] then walks along the tokens of one choice.
+//!
+//! It sits beside the engine, which asks for masks through a trait of its own; the service joins the two. Nothing here fails
+//! open: what a schema asks for is enforced, or compiling is an error that names the place. No wire types, no sampling.
+
+mod schema;
+#[cfg(test)]
+mod tests;
+mod tools;
+mod vocabulary;
+
+pub use tools::{CALL_END, CALL_START, CallRule, Function};
+
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    thread,
+};
+
+use bitnet_core::{TokenId, Tokenizer, sampling::TokenMask};
+use llguidance::{ParserFactory, api::TopLevelGrammar};
+use serde_json::{Value, json};
+
+/// What an output must look like.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rule {
+    /// JSON that validates against a schema.
+    Schema(Value),
+    /// Text that an expression matches as a whole.
+    Regex(String),
+    /// One of several texts.
+    Choice(Vec<String>),
+    /// A Lark grammar, in llguidance's variant.
+    Lark(String),
+    /// Text with tool calls.
+    Calls(CallRule),
+}
+
+/// Why a rule cannot be enforced.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct GrammarError {
+    /// Where in the rule the fault is, such as `schema.properties.a.not`.
+    pub path: String,
+    /// What is wrong there.
+    pub message: String,
+}
+
+/// Compiles rules for one model.
+pub struct GrammarCompiler {
+    tokenizer: Arc<Tokenizer>,
+    stop_tokens: Vec<TokenId>,
+    /// Built when the first rule comes: most servers never see one, and it takes a moment.
+    factory: OnceLock<Result<ParserFactory, String>>,
+}
+
+/// A compiled rule.
+pub struct Grammar {
+    start: llguidance::Matcher,
+    identity: Vec<u8>,
+}
+
+/// A rule in the middle of one output.
+pub struct Matcher(llguidance::Matcher);
+
+impl Rule {
+    /// Any JSON object.
+    pub fn json_object() -> Self {
+        Self::Schema(json!({"type": "object"}))
+    }
+}
+
+impl GrammarCompiler {
+    /// For outputs of `tokenizer` that end with one of `stop_tokens`.
+    pub fn new(tokenizer: Arc<Tokenizer>, stop_tokens: &[TokenId]) -> Self {
+        Self { tokenizer, stop_tokens: stop_tokens.to_vec(), factory: OnceLock::new() }
+    }
+
+    /// Compiles `rule`, whose place in the request is called `path`. Takes milliseconds; a rule that would take much longer is
+    /// refused by the limits below.
+    ///
+    /// # Errors
+    /// [`GrammarError`].
+    pub fn compile(&self, rule: &Rule, path: &str) -> Result<Grammar, GrammarError> {
+        let fault = |message: String| GrammarError { path: path.to_owned(), message };
+        let grammar = source(rule, path)?;
+        let identity = serde_json::to_vec(&grammar).map_err(|error| fault(error.to_string()))?;
+        let factory = self.factory.get_or_init(|| vocabulary::factory(&self.tokenizer, &self.stop_tokens));
+        let factory = factory.as_ref().map_err(|error| fault(error.clone()))?;
+        let matcher = on_deep_stack(|| llguidance::Matcher::new(factory.create_parser(grammar)));
+        let mut start = matcher.map_err(fault)?;
+        if let Some(error) = start.get_error() {
+            return Err(fault(first_line(&error)));
+        }
+        // An output that cannot even begin shows now rather than in the engine.
+        match start.compute_mask() {
+            Ok(mask) if mask.num_set() > 0 => Ok(Grammar { start, identity }),
+            Ok(_) => Err(fault("no output can satisfy it".to_owned())),
+            Err(error) => Err(fault(first_line(&error.to_string()))),
+        }
+    }
+}
+
+impl Grammar {
+    /// At the start of an output. Nothing is shared with other outputs, so that the limits strike at the same place whatever
+    /// else runs.
+    pub fn start(&self) -> Matcher {
+        Matcher(self.start.deep_clone())
+    }
+
+    /// Bytes equal for equal rules.
+    pub fn identity(&self) -> &[u8] {
+        &self.identity
+    }
+}
+
+impl Matcher {
+    /// The tokens that may come next; stop tokens are among them where the output may end.
+    ///
+    /// # Errors
+    /// A sentence: the rule went beyond its limits.
+    pub fn mask(&mut self) -> Result<TokenMask, String> {
+        let mask = self.0.compute_mask_or_eos().map_err(|error| first_line(&error.to_string()))?;
+        let mask = TokenMask::from_words(mask.as_slice().to_vec());
+        if mask.is_empty() { Err("no token can follow".to_owned()) } else { Ok(mask) }
+    }
+
+    /// Goes on by `token`.
+    ///
+    /// # Errors
+    /// A sentence: the token was not allowed, or the rule went beyond its limits.
+    pub fn accept(&mut self, token: TokenId) -> Result<(), String> {
+        self.0.consume_token(token.0).map_err(|error| first_line(&error.to_string()))
+    }
+}
+
+/// `rule` in the compiler's words, after our own checks.
+fn source(rule: &Rule, path: &str) -> Result<TopLevelGrammar, GrammarError> {
+    let too_long = |text: &str| {
+        let message = format!("is longer than {MAX_TEXT_BYTES} bytes");
+        (text.len() > MAX_TEXT_BYTES).then(|| GrammarError { path: path.to_owned(), message })
+    };
+    match rule {
+        Rule::Schema(value) => Ok(TopLevelGrammar::from_json_schema(schema::checked(value, path)?)),
+        Rule::Regex(text) => too_long(text).map_or_else(|| Ok(TopLevelGrammar::from_regex(text)), Err),
+        Rule::Lark(text) => too_long(text).map_or_else(|| Ok(TopLevelGrammar::from_lark(text.clone())), Err),
+        Rule::Choice(texts) => {
+            let alternatives: Vec<_> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+            let lark = format!("start: {}", alternatives.join(" | "));
+            too_long(&lark).map_or_else(|| Ok(TopLevelGrammar::from_lark(lark)), Err)
+        }
+        Rule::Calls(calls) => Ok(TopLevelGrammar::from_lark(calls.to_lark(path)?)),
+    }
+}
+
+/// Compiling recurses along the rule, which comes from outside; on a stack made for the longest one this is memory, not a crash.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES);
+        let handle = builder.spawn_scoped(scope, work).map_err(|error| error.to_string())?;
+        handle.join().map_err(|_| "the grammar compiler failed on it".to_owned())
+    })
+}
+
+/// The compiler's messages go on with its whole state.
+fn first_line(message: &str) -> String {
+    message.lines().next().unwrap_or_default().chars().take(300).collect()
+}
+
+impl fmt::Debug for GrammarCompiler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrammarCompiler").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Grammar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grammar").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Matcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Matcher").finish_non_exhaustive()
+    }
+}
+
+/// Longest expression, grammar and list of choices.
+const MAX_TEXT_BYTES: usize = 64 << 10;
+/// Reserved, not used: for a chain of two thousand references, each a few frames deep.
+const STACK_BYTES: usize = 256 << 20;

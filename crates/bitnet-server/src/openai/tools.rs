@@ -1,0 +1,146 @@
+//! Tools: what may be called, what must be, and the calls as they are told.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    fields::{BodyError, Fields},
+    output::{NAME_RULE, is_name},
+};
+
+/// The tools of a request that may be called.
+#[derive(Clone, Debug)]
+pub struct ToolRequest {
+    /// The functions, at least one.
+    pub functions: Vec<FunctionDefinition>,
+    /// The list as sent, for the chat template.
+    pub listed: Value,
+    /// A call must be made.
+    pub required: bool,
+    /// More than one call is fine.
+    pub parallel: bool,
+}
+
+/// A function that may be called.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FunctionDefinition {
+    /// Its name.
+    pub name: String,
+    /// The schema of its arguments.
+    pub parameters: Option<Value>,
+    /// Its place in `tools`.
+    #[serde(skip)]
+    pub index: usize,
+}
+
+#[derive(Deserialize)]
+struct Tool {
+    #[serde(rename = "type")]
+    kind: String,
+    function: Option<FunctionDefinition>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "none, auto, required or a function")]
+enum Choice {
+    Mode(String),
+    Named {
+        #[serde(rename = "type")]
+        kind: String,
+        function: Option<Named>,
+    },
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+}
+
+/// Most tools of a request.
+const MAX_TOOLS: usize = 128;
+
+impl ToolRequest {
+    /// Takes the fields; `None`: no call can be made.
+    pub(super) fn take(fields: &mut Fields) -> Result<Option<Self>, BodyError> {
+        let listed: Value = fields.take("tools")?.unwrap_or_default();
+        let tools: Vec<Tool> = match &listed {
+            Value::Null => Vec::new(),
+            list => Deserialize::deserialize(list)
+                .map_err(|error| BodyError::invalid(TOOLS, format!("Invalid value for 'tools': {error}.")))?,
+        };
+        let choice = fields.take::<Choice>(CHOICE)?;
+        let parallel = fields.take("parallel_tool_calls")?.unwrap_or(true);
+        if tools.len() > MAX_TOOLS {
+            return Err(BodyError::invalid(TOOLS, format!("'tools' may hold at most {MAX_TOOLS} tools.")));
+        }
+        let mut functions = Vec::with_capacity(tools.len());
+        for (index, tool) in tools.into_iter().enumerate() {
+            functions.push(function(index, tool, &functions)?);
+        }
+        let request = |functions, required| Some(Self { functions, listed, required, parallel });
+        match choice {
+            Some(Choice::Mode(mode)) if mode == "none" => Ok(None),
+            Some(Choice::Mode(mode)) if !["auto", "required"].contains(&mode.as_str()) => {
+                Err(BodyError::invalid(CHOICE, "'tool_choice' must be none, auto, required or a function."))
+            }
+            Some(Choice::Mode(mode)) if functions.is_empty() && mode == "auto" => Ok(None),
+            None if functions.is_empty() => Ok(None),
+            Some(_) if functions.is_empty() => Err(BodyError::invalid(CHOICE, "'tool_choice' needs 'tools'.")),
+            None => Ok(request(functions, false)),
+            Some(Choice::Mode(mode)) => Ok(request(functions, mode == "required")),
+            Some(Choice::Named { kind, function: Some(Named { name }) }) if kind == "function" => {
+                functions.retain(|function| function.name == name);
+                if functions.is_empty() {
+                    return Err(BodyError::invalid(CHOICE, "'tool_choice' names a function that is not in 'tools'."));
+                }
+                Ok(request(functions, true))
+            }
+            Some(Choice::Named { .. }) => {
+                Err(BodyError::unsupported(CHOICE, "'tool_choice' supports objects of type 'function' only."))
+            }
+        }
+    }
+}
+
+fn function(index: usize, tool: Tool, before: &[FunctionDefinition]) -> Result<FunctionDefinition, BodyError> {
+    let invalid = |what: String| BodyError::invalid(TOOLS, format!("'tools[{index}]{what}"));
+    if tool.kind != "function" {
+        return Err(BodyError::unsupported(TOOLS, format!("'tools[{index}].type' must be 'function'.")));
+    }
+    let function = tool.function.ok_or_else(|| invalid(".function' is required.".to_owned()))?;
+    if !is_name(&function.name) {
+        return Err(invalid(format!(".function.name' must be {NAME_RULE}.")));
+    }
+    if before.iter().any(|other| other.name == function.name) {
+        return Err(invalid(".function.name' is taken by an earlier tool.".to_owned()));
+    }
+    Ok(FunctionDefinition { index, ..function })
+}
+
+/// News of one call in a stream: id, type and name once, then pieces of the arguments.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ToolCallDelta {
+    /// 0, 1, ... within the choice.
+    pub index: usize,
+    /// `call_...`, in the first delta of a call.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// `function`, in the first delta of a call.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
+    /// What is new.
+    pub function: FunctionDelta,
+}
+
+/// The function of a [`ToolCallDelta`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FunctionDelta {
+    /// Its name, in the first delta of a call: clients concatenate it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// More of the arguments' JSON.
+    pub arguments: String,
+}
+
+const TOOLS: &str = "tools";
+const CHOICE: &str = "tool_choice";
