@@ -4,6 +4,8 @@
 //! nothing else does); the arithmetic of the encodings is in `quant::formats`.
 #![expect(clippy::arithmetic_side_effects, reason = "sizes were checked against the bytes when these types were made")]
 
+use std::ops::Range;
+
 use super::{I2sLayout, LoadError, MappedBytes};
 use crate::quant::{
     formats::{InvalidCode, dense, i2_s, quarters, tq},
@@ -163,6 +165,16 @@ impl DenseMatrix {
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "a buffer of one row");
         self.encoding.decode(nth_row(self.data.bytes(), self.rows, row), out);
+    }
+
+    /// Gives the file pages of `rows` back to the kernel; they are read again when next needed. Nothing happens for rows
+    /// that are not there.
+    pub fn release_rows(&self, rows: Range<usize>) {
+        let row_bytes = self.data.bytes().len().checked_div(self.rows).unwrap_or(0);
+        let bytes = rows.start.checked_mul(row_bytes).zip(rows.end.checked_mul(row_bytes));
+        if let Some(part) = bytes.and_then(|(start, end)| self.data.slice(start..end)) {
+            part.release();
+        }
     }
 }
 

@@ -98,10 +98,16 @@ impl Workspace {
     }
 }
 
-/// The 8-bit copy of `head`.
+/// The 8-bit copy of `head`, whose pages are given back on the way: few of its rows will be read again, and both copies
+/// need not be in memory at once.
 pub(super) fn pack(head: &DenseMatrix, isa: Isa, pool: &mut WorkerPool) -> ScreenMatrix {
+    const RELEASED_AT_ONCE: usize = 1024;
     let decode_row = |row: usize, out: &mut [f32]| {
         head.decode_row(row, out);
+        let end = row + 1;
+        if end.is_multiple_of(RELEASED_AT_ONCE) || end == head.rows {
+            head.release_rows(row / RELEASED_AT_ONCE * RELEASED_AT_ONCE..end);
+        }
         Ok::<(), Infallible>(())
     };
     let Ok(screen) = ScreenMatrix::pack(head.rows, head.cols, isa, pool, &decode_row);

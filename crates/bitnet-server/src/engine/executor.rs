@@ -41,7 +41,7 @@ pub struct ModelExecutor {
     model: Model,
     kv: KvCache,
     workspace: Workspace,
-    sampler: RowReader,
+    reader: RowReader,
 }
 
 /// What turns rows of logits into tokens.
@@ -55,8 +55,8 @@ struct RowReader {
 impl ModelExecutor {
     /// Owns all that a step touches.
     pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
-        let sampler = RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new() };
-        Self { model, kv, workspace, sampler }
+        let reader = RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new() };
+        Self { model, kv, workspace, reader }
     }
 
     /// The batch of those shares that fit the model. A share that does not is a defect of ours or a request that was not
@@ -131,7 +131,7 @@ impl ModelExecutor {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
                 let done = match &mut outputs[index] {
-                    Ok(output) => self.sampler.read(row, &shares[index], position, output),
+                    Ok(output) => self.reader.read(row, &shares[index], position, output),
                     Err(error) => Err(*error),
                 };
                 if let Err(error) = done {
@@ -156,9 +156,9 @@ impl ModelExecutor {
             for (i, &(index, _)) in group.iter().enumerate() {
                 let (sequence, screened) = (shares[index].sequence, self.workspace.screened(i));
                 let (params, key) = (&sequence.request.sampling, sample_key(sequence));
-                let ids = self.sampler.candidates(screened.estimates, screened.radii, params, key);
+                let ids = self.reader.sampler.candidates(screened.estimates, screened.radii, params, key);
                 let logits = self.model.score(first + i, ids, &mut self.workspace);
-                outputs[index] = match self.sampler.sample_among(logits, params, key) {
+                outputs[index] = match self.reader.sampler.sample_among(logits, params, key) {
                     Ok(token) => {
                         Ok(StepOutput { token: Some(TokenEvent { token, logprobs: None }), ..Default::default() })
                     }
