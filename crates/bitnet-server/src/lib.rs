@@ -64,7 +64,7 @@ pub enum ServeError {
     #[error("--content-filter: {0}")]
     Filter(#[from] FilterError),
     /// The address cannot be listened on; usually another process does.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {source}; choose another port with --port")]
     Bind {
         /// The address.
         address: SocketAddr,
