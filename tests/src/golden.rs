@@ -43,8 +43,6 @@ pub struct Prompt {
     pub greedy_f32: Vec<u32>,
     /// Whether variants of the reference itself agree on them.
     pub greedy_variants_agree: Value,
-    /// Best minus second-best logit, a step each.
-    pub greedy_margins: Vec<f32>,
 }
 
 /// The fixed text.

@@ -60,9 +60,8 @@ async fn the_fixed_text_has_the_reference_likelihood() {
     }
 }
 
-/// Two tokens whose logits differ by less than this are a near tie: the rounding noise of one flipped activation code,
-/// which differs between any two float32 engines, can decide it (see `tests/golden/README.md`).
-const NEAR_TIE: f32 = 0.05;
+/// The one prompt whose greedy tokens leave the reference, and where: bitnet-core's golden test says why.
+const NEAR_TIE: (&str, &str, usize) = ("p1_packed", "one_word", 48);
 
 #[tokio::test]
 async fn greedy_tokens_are_those_of_the_reference() {
@@ -83,12 +82,7 @@ async fn greedy_tokens_are_those_of_the_reference() {
             assert_eq!(tokens.len(), prompt.greedy_f32.len());
             let difference = tokens.iter().zip(&prompt.greedy_f32).position(|(ours, theirs)| *ours != json!(theirs));
             if let Some(step) = difference {
-                let margin = prompt.greedy_margins[step];
-                assert!(
-                    margin < NEAR_TIE,
-                    "{name}, {}: another token at step {step}, margin {margin}",
-                    prompt.category
-                );
+                assert_eq!((name, prompt.category.as_str(), step), NEAR_TIE, "another token");
             }
             num_equal += usize::from(difference.is_none());
             num_compared += 1;
