@@ -3,5 +3,6 @@
 //! Tests see what users see. Only the tokenizer's vectors, of which the real ones are not shipped, go through the library.
 
 pub mod golden;
+pub mod load;
 pub mod server;
 pub mod tokenizer_support;
