@@ -64,21 +64,32 @@ impl Server {
     /// # Panics
     /// When the process ends first or says nothing in time; the message holds its stderr.
     pub fn start(args: &[&str]) -> Self {
+        Self::start_with_stderr(args, Stdio::piped())
+    }
+
+    /// The same with its logs going elsewhere than to the harness.
+    ///
+    /// # Panics
+    /// When the process ends first or says nothing in time.
+    pub fn start_with_stderr(args: &[&str], stderr: Stdio) -> Self {
         let mut child = Command::new(binary())
             .args(["serve", "--port", "0"])
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .expect("the binary starts");
-        let stderr = drain(child.stderr.take().expect("stderr is piped"));
+        let stderr = child.stderr.take().map(drain);
         let (banner, base_url) = match wait_for_address(&mut child) {
             Some(found) => found,
             None => {
                 let _ = child.kill();
                 let _ = child.wait();
-                panic!("no `listening on` line; stderr:\n{}", stderr.recv().unwrap_or_default());
+                panic!(
+                    "no `listening on` line; stderr:\n{}",
+                    stderr.and_then(|text| text.recv().ok()).unwrap_or_default()
+                );
             }
         };
         Self { child, base_url, banner, client: reqwest::Client::new() }

@@ -1,6 +1,6 @@
 //! How the process ends: one line on stderr that says what is wrong and what to do, and the exit code of the contract.
 
-use std::{fmt, process::ExitCode};
+use std::{fmt, io::Write as _, process::ExitCode};
 
 use bitnet_core::{LoadError, kernels::KernelError};
 
@@ -34,7 +34,8 @@ impl Failure {
 
     /// Says the one line and gives the code.
     pub(crate) fn report(&self) -> ExitCode {
-        eprintln!("bitnet: {}", self.message);
+        // A full disk behind stderr must not change the exit code.
+        let _ = writeln!(std::io::stderr(), "bitnet: {}", self.message);
         ExitCode::from(self.code)
     }
 
