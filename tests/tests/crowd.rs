@@ -1,4 +1,4 @@
-//! An answer is the same to the bit alone and in a crowd: mixed requests, shared prefixes, random cancellations.
+//! An answer is the same to the bit alone and in a crowd: mixed requests, shared prefixes, speculation, random cancellations.
 
 use std::time::Duration;
 
@@ -12,16 +12,26 @@ const PREFIX: &str = "Many of the requests begin with these words, which the pre
 
 #[tokio::test]
 async fn mixed_requests_do_not_change_each_other() {
-    let server = Server::start(&["-m", &golden::arg("p1_packed"), "--response-cache-mb", "0", "--max-queue", "1000"]);
+    let model = golden::arg("p1_packed");
+    let start = |speculation| {
+        let settings = ["--response-cache-mb", "0", "--max-queue", "1000", "--speculation", speculation];
+        Server::start(&[&["-m", &model], settings.as_slice()].concat())
+    };
+    let (plain, server) = (start("off"), start("auto"));
     let mut alone = Vec::new();
     for i in 0..NUM_REQUESTS {
-        alone.push(choices(&server, &request(i)).await);
+        alone.push(choices(&plain, &request(i)).await);
     }
+    assert_eq!(plain.metric("bitnet_speculation_drafted_tokens_total").await, 0.0);
     // 7 is prime to the number of requests: every one once, in another order.
     let order = (0..NUM_REQUESTS).map(|i| i * 7 % NUM_REQUESTS);
     let crowd = join_all(order.map(|i| {
-        let server = &server;
-        async move { (i, choices(server, &request(i)).await) }
+        let (server, mut body) = (&server, request(i));
+        if i % 3 == 0 {
+            let said = alone[usize::try_from(i).expect("small")][0]["text"].clone();
+            body["prediction"] = json!({"type": "content", "content": said});
+        }
+        async move { (i, choices(server, &body).await) }
     }));
     let cancelled = join_all((0..NUM_CANCELLED).map(|i| {
         let body =
@@ -34,6 +44,7 @@ async fn mixed_requests_do_not_change_each_other() {
         assert_eq!(choices, alone[usize::try_from(i).expect("small")], "request {i}");
     }
     assert!(server.metric("bitnet_prefix_cache_hit_tokens_total").await > 0.0);
+    assert!(server.metric("bitnet_speculation_drafted_tokens_total").await > 0.0);
 }
 
 async fn choices(server: &Server, body: &Value) -> Value {

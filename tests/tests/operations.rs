@@ -247,3 +247,28 @@ fn signal(server: &Server, signal: i32) {
 fn serve(args: &[&str]) -> Server {
     Server::start(&[&["-m", &golden::arg("p1_packed")], args].concat())
 }
+
+#[tokio::test]
+async fn a_client_that_reads_nothing_is_cut_off() {
+    let server = serve(&["--slow-reader-timeout", "0.5", "--response-cache-mb", "0"]);
+    let body = json!({
+        "prompt": "much", "max_tokens": 3500, "ignore_eos": true, "n": 8, "logprobs": 20, "stream": true,
+    })
+    .to_string();
+    let mut client = std::net::TcpStream::connect(server.base_url().trim_start_matches("http://")).expect("it listens");
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    client.write_all([head.as_bytes(), body.as_bytes()].concat().as_slice()).expect("the server reads");
+    let end = Instant::now() + Duration::from_secs(60);
+    while server.metric("bitnet_stream_cancellations_total{cause=\"slow_reader\"}").await < 1.0 {
+        assert!(Instant::now() < end, "it is still waited for");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    while server.metric("bitnet_kv_cache_usage_ratio").await > 0.0 {
+        assert!(Instant::now() < end, "its sequences still run");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(client);
+}

@@ -4,7 +4,7 @@ use std::{
     io::{self, BufRead, IsTerminal, Write},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bitnet_core::{TokenId, Tokenizer, sampling::SamplingParams, tokenizer::IncrementalDecoder};
@@ -163,7 +163,6 @@ impl Session {
 
     /// Writes the text as it comes and gives it back whole.
     async fn generate(&self, prompt: Vec<TokenId>) -> Result<String, Failure> {
-        const NO_DEADLINE: Duration = Duration::from_secs(365 * 24 * 3600);
         let max_model_len = self.service.card().max_model_len;
         let room = max_model_len.checked_sub(prompt.len()).filter(|room| *room > 0 && !prompt.is_empty());
         let Some(room) = room else {
@@ -185,7 +184,8 @@ impl Session {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
-            deadline: Instant::now() + NO_DEADLINE,
+            prediction: Arc::new([]),
+            deadline: None,
             arrival: Instant::now(),
         };
         let permit = self.service.engine().reserve().map_err(Failure::engine)?;

@@ -126,11 +126,11 @@ impl App {
         let metrics_address = self.metrics_listener.as_ref().map(TcpListener::local_addr).transpose()?;
         let router = self.router();
         let mut servers = JoinSet::new();
-        let metrics = &self.state.metrics;
-        servers.spawn(serve_connections(self.listener, router, Arc::clone(metrics), closing.clone()));
+        let (metrics, patience) = (&self.state.metrics, self.config.slow_reader_timeout);
+        servers.spawn(serve_connections(self.listener, router, Arc::clone(metrics), patience, closing.clone()));
         if let Some(listener) = self.metrics_listener {
             let router = http::metrics_router(Arc::clone(&self.state));
-            servers.spawn(serve_connections(listener, router, Arc::clone(metrics), closing));
+            servers.spawn(serve_connections(listener, router, Arc::clone(metrics), patience, closing));
         }
         let housekeeping = tokio::spawn(housekeeping(Arc::clone(&self.state)));
 

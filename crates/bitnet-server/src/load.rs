@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     config::{ConfigError, MemoryRequest, ServerConfig, detected_memory_limit, memory_plan},
-    engine::{Engine, EngineConfig, EngineThread, StartError},
+    engine::{Engine, EngineConfig, EngineThread, StartError, lookup::MAX_GUESSES},
     filter::ContentFilter,
     metrics::{Metrics, ModelInfo},
     prompt::{ChatPrompter, PromptError},
@@ -241,6 +241,7 @@ pub fn start_service(
         filter,
         response_cache_bytes: config.response_cache_bytes,
         request_timeout: config.request_timeout,
+        slow_reader_timeout: config.slow_reader_timeout,
         metrics: Arc::clone(metrics),
     });
     Ok((service, thread))
@@ -276,6 +277,7 @@ fn engine_config(model: &Model, config: &ServerConfig, limit_bytes: Option<u64>)
         num_kv_blocks: usize::try_from(plan.num_kv_blocks).unwrap_or(usize::MAX),
         kv_dtype: config.kv_dtype,
         prefix_sharing: config.prefix_sharing,
+        speculation: config.speculation,
     })
 }
 
@@ -284,7 +286,7 @@ fn scratch_bytes(geometry: &ModelConfig, config: &ServerConfig, max_model_len: u
     const F32: usize = 4;
     let row = 8 * geometry.hidden_size + 4 * geometry.intermediate_size;
     let scores = config.threads * max_model_len * geometry.num_heads.div_ceil(geometry.num_kv_heads.max(1));
-    let screened_rows = Workspace::MAX_SCREENED_ROWS.min(config.max_num_seqs);
+    let screened_rows = Workspace::MAX_SCREENED_ROWS.min(config.max_num_seqs * (1 + MAX_GUESSES));
     let logits = (Workspace::MAX_LOGIT_ROWS + 2 * screened_rows + 1) * geometry.vocab_size;
     (F32 * (config.max_num_batched_tokens * row + scores + logits)) as u64
 }

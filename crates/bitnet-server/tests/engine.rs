@@ -11,7 +11,7 @@ use bitnet_core::{
     LoadOptions, Model, TokenId, checkpoint, kernels, kv_cache::KvDtype, sampling::SamplingParams, threads::WorkerPool,
 };
 use bitnet_server::{
-    config::{ClientId, PrefixSharing},
+    config::{ClientId, PrefixSharing, Speculation},
     engine::{Engine, EngineConfig, EngineError, EngineHandle, GenerationRequest, SequenceEvent, SequenceStream},
     metrics::{Metrics, MetricsLimits},
 };
@@ -19,13 +19,17 @@ use bitnet_server::{
 const VOCAB_SIZE: usize = 512;
 
 fn start(num_threads: usize, config: &EngineConfig) -> EngineHandle {
+    start_measured(num_threads, config).0
+}
+
+fn start_measured(num_threads: usize, config: &EngineConfig) -> (EngineHandle, Arc<Metrics>) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/public/p1_packed");
     let checkpoint = checkpoint::open(&path, &LoadOptions::default()).expect("a golden checkpoint");
     let mut pool = WorkerPool::new(num_threads);
     let kernel = kernels::select("auto").expect("there is always one");
     let model = Model::load(&checkpoint, kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
     let metrics = Arc::new(Metrics::new("p1", MetricsLimits { max_num_seqs: 8, max_queue: 64 }));
-    Engine::start(model, pool, config, metrics).expect("a small engine").0
+    (Engine::start(model, pool, config, Arc::clone(&metrics)).expect("a small engine").0, metrics)
 }
 
 fn roomy() -> EngineConfig {
@@ -38,6 +42,7 @@ fn roomy() -> EngineConfig {
         num_kv_blocks: 64,
         kv_dtype: KvDtype::F16,
         prefix_sharing: PrefixSharing::PerClient,
+        speculation: Speculation::Auto,
     }
 }
 
@@ -68,7 +73,8 @@ fn requests() -> Vec<GenerationRequest> {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
-            deadline: now + Duration::from_secs(600),
+            prediction: Arc::new([]),
+            deadline: Some(now + Duration::from_secs(600)),
             arrival: now,
         })
         .collect()
@@ -148,6 +154,48 @@ async fn the_prefix_cache_changes_no_bit() {
         let other = GenerationRequest { client: ClientId::from_address([10, 0, 0, 1].into()), ..next.clone() };
         let (answer, cached) = read_all(submit(&warm, &other)).await;
         assert_eq!((answer, cached[0]), (expected, 0), "nobody finds another's");
+    }
+}
+
+/// The tokens of one choice.
+fn tokens_of(events: &[SequenceEvent]) -> Vec<TokenId> {
+    let token = |event: &SequenceEvent| match event {
+        SequenceEvent::Token(token) => Some(token.token),
+        _ => None,
+    };
+    events.iter().filter_map(token).collect()
+}
+
+#[tokio::test]
+async fn speculation_changes_no_bit() {
+    let off = start(1, &EngineConfig { speculation: Speculation::Off, ..roomy() });
+    let crowded = EngineConfig { max_num_batched_tokens: 9, num_kv_blocks: 12, ..roomy() };
+    for (num_threads, config) in [(2, roomy()), (1, crowded)] {
+        let (always, metrics) =
+            start_measured(num_threads, &EngineConfig { speculation: Speculation::Always, ..config });
+        let auto = start(num_threads, &config);
+        let mut running = Vec::new();
+        for mut request in requests() {
+            let (expected, _) = read_all(submit(&off, &request)).await;
+            // What the first choice says, with a word changed in the middle: guesses come true, and some do not.
+            let mut prediction = tokens_of(&expected[0]);
+            if prediction.len() > 8 {
+                prediction[7] = TokenId(3);
+            }
+            request.prediction = prediction.into();
+            running.push((submit(&always, &request), submit(&auto, &request), expected));
+        }
+        for (always, auto, expected) in running {
+            assert_eq!(read_all(always).await.0, expected, "{config:?}");
+            assert_eq!(read_all(auto).await.0, expected, "{config:?}");
+        }
+        let text = metrics.render();
+        let count = |name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name)).expect("it is counted");
+            line.rsplit_once(' ').expect("a value").1.parse::<f64>().expect("a number")
+        };
+        let accepted = count("bitnet_speculation_accepted_tokens_total");
+        assert!(accepted > 50.0 && count("bitnet_speculation_drafted_tokens_total") > accepted, "{accepted}");
     }
 }
 

@@ -1,5 +1,5 @@
 //! What the operator wrote -> what it means: [`RawConfig`] (flags, environment, file, profile; all optional) ->
-//! [`ServerConfig::resolve`] -> [`ServerConfig`] (typed, checked, complete). Files that settings name are read here,
+//! [`ServerConfig, Speculation::resolve`] -> [`ServerConfig`] (typed, checked, complete). Files that settings name are read here,
 //! so a bad one is found before anything is loaded; nothing behind this room reads the environment or re-checks a value.
 
 mod filter_rules;
@@ -15,7 +15,7 @@ pub use filter_rules::{Direction, FilterAction, FilterRule, FilterRules, MatchKi
 pub use keys::{ClientId, KeySet};
 pub use memory::{MemoryPlan, MemoryRequest, detected_memory_limit, memory_plan};
 pub use raw::RawConfig;
-pub use resolve::{LogFormat, PrefixSharing, SamplingDefaults, ServerConfig};
+pub use resolve::{LogFormat, PrefixSharing, SamplingDefaults, ServerConfig, Speculation};
 
 /// Why the configuration was refused. Every variant is exit code 78 and one line that names the setting and the value.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

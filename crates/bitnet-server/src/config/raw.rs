@@ -86,6 +86,9 @@ pub struct RawConfig {
     /// Seconds a request may take from arrival to its last byte [default: 600]
     #[arg(long, env = "BITNET_REQUEST_TIMEOUT", value_name = "SECONDS")]
     pub request_timeout: Option<f64>,
+    /// Seconds after which a client that reads nothing of its answer is cut off [default: 60, request-timeout at most]
+    #[arg(long, env = "BITNET_SLOW_READER_TIMEOUT", value_name = "SECONDS")]
+    pub slow_reader_timeout: Option<f64>,
     /// Seconds that running requests get to finish after SIGTERM [default: 45]
     #[arg(long, env = "BITNET_DRAIN_TIMEOUT", value_name = "SECONDS")]
     pub drain_timeout: Option<f64>,
@@ -102,6 +105,10 @@ pub struct RawConfig {
     #[arg(long, env = "BITNET_SHARED_PREFIX_CACHE", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub shared_prefix_cache: Option<bool>,
+    /// Guess tokens that stood in the text before, or in `prediction`, and verify them together where that is faster; the
+    /// answers are the same [default: auto]
+    #[arg(long, env = "BITNET_SPECULATION", value_name = "auto|off")]
+    pub speculation: Option<String>,
     /// Choices (n) that one request may ask for [default: 8]
     #[arg(long, env = "BITNET_MAX_N", value_name = "N")]
     pub max_n: Option<u32>,
@@ -235,11 +242,13 @@ overlay!(
     rate_limit_rpm,
     max_body_bytes,
     request_timeout,
+    slow_reader_timeout,
     drain_timeout,
     content_filter,
     response_cache_mb,
     prefix_cache,
     shared_prefix_cache,
+    speculation,
     max_n,
     strict_params,
     temperature,

@@ -59,6 +59,8 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Longest time from arrival to the last byte.
     pub request_timeout: Duration,
+    /// Time after which a client that reads nothing of its answer is cut off.
+    pub slow_reader_timeout: Duration,
     /// Time running requests get after the first SIGTERM.
     pub drain_timeout: Duration,
     /// Rules of the content filter.
@@ -67,6 +69,8 @@ pub struct ServerConfig {
     pub response_cache_bytes: usize,
     /// Who finds whose prefixes in the KV cache.
     pub prefix_sharing: PrefixSharing,
+    /// When tokens are guessed and verified together.
+    pub speculation: Speculation,
     /// Choices one request may ask for.
     pub max_n: u32,
     /// Whether unknown request fields are refused.
@@ -100,6 +104,18 @@ pub enum PrefixSharing {
     Everyone,
 }
 
+/// When tokens are guessed and verified together. Answers are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Speculation {
+    /// Never.
+    Off,
+    /// Where it pays, as measured.
+    #[default]
+    Auto,
+    /// Wherever there is a guess, so that tests see many; not a setting.
+    Always,
+}
+
 /// Form of the log on stderr.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -127,6 +143,8 @@ impl ServerConfig {
             Some(threads) => within("threads", threads, 1, 1024)?,
             None => default_num_threads(),
         };
+        let request_timeout = seconds("request-timeout", raw.request_timeout.unwrap_or(600.0), f64::MIN_POSITIVE)?;
+        let slow_reader_timeout = raw.slow_reader_timeout.unwrap_or(60.0);
         Ok(Self {
             model: raw.model,
             model_names: parse_model_names(raw.model_name.unwrap_or_default())?,
@@ -168,7 +186,9 @@ impl ServerConfig {
             api_keys,
             rate_limit_rpm: raw.rate_limit_rpm.map(parse_rate).transpose()?,
             max_body_bytes: parse_body_limit(raw.max_body_bytes)?,
-            request_timeout: seconds("request-timeout", raw.request_timeout.unwrap_or(600.0), f64::MIN_POSITIVE)?,
+            request_timeout,
+            slow_reader_timeout: seconds("slow-reader-timeout", slow_reader_timeout, f64::MIN_POSITIVE)?
+                .min(request_timeout),
             drain_timeout: seconds("drain-timeout", raw.drain_timeout.unwrap_or(45.0), 0.0)?,
             content_filter: raw.content_filter.as_deref().map(FilterRules::read).transpose()?,
             response_cache_bytes: mebibytes("response-cache-mb", raw.response_cache_mb.unwrap_or(64), 0)? as usize,
@@ -177,6 +197,11 @@ impl ServerConfig {
                 true if raw.shared_prefix_cache.unwrap_or(false) => PrefixSharing::Everyone,
                 true => PrefixSharing::PerClient,
             },
+            speculation: one_of(
+                "speculation",
+                raw.speculation,
+                &[("auto", Speculation::Auto), ("off", Speculation::Off)],
+            )?,
             max_n: within("max-n", raw.max_n.unwrap_or(8), 1, 128)?,
             strict_params: raw.strict_params.unwrap_or(false),
             sampling: SamplingDefaults {

@@ -1,6 +1,8 @@
 //! One step's arithmetic: [`ScheduledBatch`] -> `core::Batch` -> logits -> token. The trait is the whole contract between the
 //! scheduler's side and the model's; tests have a fake one.
 
+use std::borrow::Cow;
+
 use bitnet_core::{
     Batch, Model, TokenId,
     kv_cache::KvCache,
@@ -11,7 +13,6 @@ use bitnet_core::{
 use super::{
     EngineError, TokenEvent,
     scheduler::{ScheduledBatch, Share, blocks_of},
-    sequence::Sequence,
 };
 
 /// Computes steps. Everything it says about a sequence depends on that sequence's tokens and parameters alone.
@@ -31,8 +32,9 @@ pub trait Executor: Send + 'static {
 pub struct StepOutput {
     /// When the request asked: log-probabilities of the prompt tokens that follow the tokens computed.
     pub prompt_logprobs: Vec<TokenLogprobs>,
-    /// The next token, when the share ended with the last known one and more are wanted.
-    pub token: Option<TokenEvent>,
+    /// The next token, when the share ended with the last known one and more are wanted; then the one after each guess that
+    /// came true, up to a stop token. They are those that would be drawn one by one.
+    pub tokens: Vec<TokenEvent>,
 }
 
 /// The executor over `bitnet_core`.
@@ -50,12 +52,15 @@ struct RowReader {
     sampler: Sampler,
     /// A row after a constraint; kept for its memory.
     masked: Vec<f32>,
+    /// The tokens before a row that verifies a guess; kept for its memory.
+    known: Vec<TokenId>,
 }
 
 impl ModelExecutor {
     /// Owns all that a step touches.
     pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
-        let reader = RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new() };
+        let reader =
+            RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new(), known: Vec::new() };
         Self { model, kv, workspace, reader }
     }
 
@@ -63,7 +68,8 @@ impl ModelExecutor {
     /// validated; it ends with an error, and alone.
     fn checked_batch(&self, shares: &[Share<'_>], outputs: &mut [Result<StepOutput, EngineError>]) -> Option<Batch> {
         let batch_of = |parts: &[BatchSequence<'_>]| Batch::new(&self.model, &self.kv, &self.workspace, parts);
-        let parts: Vec<_> = shares.iter().map(batch_sequence).collect();
+        let rows: Vec<_> = shares.iter().map(Share::rows).collect();
+        let parts: Vec<_> = shares.iter().zip(&rows).map(|(share, rows)| batch_sequence(share, rows)).collect();
         match batch_of(&parts) {
             Ok(batch) => return Some(batch),
             Err(error) => tracing::error!(%error, "the model refused a step"),
@@ -130,13 +136,7 @@ impl ModelExecutor {
         for (group, first) in rows.chunks(Workspace::MAX_LOGIT_ROWS).zip((first..).step_by(Workspace::MAX_LOGIT_ROWS)) {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
-                let done = match &mut outputs[index] {
-                    Ok(output) => self.reader.read(row, &shares[index], position, output),
-                    Err(error) => Err(*error),
-                };
-                if let Err(error) = done {
-                    outputs[index] = Err(error);
-                }
+                self.reader.read(row, &shares[index], position, &mut outputs[index]);
             }
         }
     }
@@ -153,32 +153,72 @@ impl ModelExecutor {
             rows.chunks(Workspace::MAX_SCREENED_ROWS).zip((first..).step_by(Workspace::MAX_SCREENED_ROWS))
         {
             self.model.screen(first..first + group.len(), &mut self.workspace);
-            for (i, &(index, _)) in group.iter().enumerate() {
-                let (sequence, screened) = (shares[index].sequence, self.workspace.screened(i));
-                let (params, key) = (&sequence.request.sampling, sample_key(sequence));
+            for (i, &(index, position)) in group.iter().enumerate() {
+                let (share, output) = (&shares[index], &mut outputs[index]);
+                if !share.reaches(position, output) {
+                    continue;
+                }
+                let screened = self.workspace.screened(i);
+                let (params, key) = (&share.sequence.request.sampling, share.sample_key(position));
                 let ids = self.reader.sampler.candidates(screened.estimates, screened.radii, params, key);
                 let logits = self.model.score(first + i, ids, &mut self.workspace);
-                outputs[index] = match self.reader.sampler.sample_among(logits, params, key) {
-                    Ok(token) => {
-                        Ok(StepOutput { token: Some(TokenEvent { token, logprobs: None }), ..Default::default() })
-                    }
-                    Err(_) => Err(EngineError::NotFinite),
-                };
+                let drawn = self.reader.sampler.sample_among(logits, params, key);
+                let drawn = drawn.map(|token| TokenEvent { token, logprobs: None });
+                share.note(drawn.map_err(|_| EngineError::NotFinite), output);
             }
         }
     }
 }
 
 impl Share<'_> {
-    /// Positions computed.
-    fn positions(&self) -> std::ops::Range<usize> {
-        let start = self.sequence.num_computed_tokens;
-        start..start + self.num_tokens
+    /// Guesses computed after the known tokens.
+    pub fn draft(&self) -> &[TokenId] {
+        &self.sequence.draft[..self.num_drafted]
     }
 
-    /// Whether the next token is drawn from the last row.
+    /// Positions computed, those of guesses included.
+    fn positions(&self) -> std::ops::Range<usize> {
+        let start = self.sequence.num_computed_tokens;
+        start..start + self.num_tokens + self.num_drafted
+    }
+
+    /// The tokens at these positions.
+    fn rows(&self) -> Cow<'_, [TokenId]> {
+        let start = self.sequence.num_computed_tokens;
+        let known = &self.sequence.tokens[start..start + self.num_tokens];
+        if self.num_drafted == 0 { known.into() } else { [known, self.draft()].concat().into() }
+    }
+
+    /// Whether the next token is drawn from the last row, or with guesses the next ones from the last rows.
     fn draws(&self) -> bool {
-        self.sequence.request.max_tokens > 0 && self.positions().end == self.sequence.tokens.len()
+        let end = self.sequence.num_computed_tokens + self.num_tokens;
+        self.sequence.request.max_tokens > 0 && end == self.sequence.tokens.len()
+    }
+
+    /// Whether the row of `position` is one from which a token is drawn: the first, or one whose guess came true.
+    fn reaches(&self, position: usize, output: &Result<StepOutput, EngineError>) -> bool {
+        let (Ok(output), Some(at)) = (output, (position + 1).checked_sub(self.sequence.tokens.len())) else {
+            return false;
+        };
+        let came_true = |event: &TokenEvent| {
+            event.token == self.draft()[at - 1] && !self.sequence.request.stop_tokens.contains(&event.token)
+        };
+        self.draws() && output.tokens.len() == at && output.tokens.last().is_none_or(came_true)
+    }
+
+    /// Adds what was drawn. An error after the first token waits until its row is the first one: then it is said.
+    fn note(&self, drawn: Result<TokenEvent, EngineError>, output: &mut Result<StepOutput, EngineError>) {
+        match (drawn, output) {
+            (Ok(token), Ok(output)) => output.tokens.push(token),
+            (Err(_), Ok(output)) if !output.tokens.is_empty() => {}
+            (Err(error), output) => *output = Err(error),
+            (Ok(_), Err(_)) => {}
+        }
+    }
+
+    /// Where the token after `position` is drawn.
+    fn sample_key(&self, position: usize) -> SampleKey {
+        SampleKey { choice: self.sequence.choice, position: position as u32 + 1 }
     }
 
     /// Whether more than the next token is wanted of its rows, or that token depends on all logits.
@@ -195,25 +235,28 @@ impl Share<'_> {
     }
 }
 
-fn batch_sequence<'a>(share: &Share<'a>) -> BatchSequence<'a> {
+fn batch_sequence<'a>(share: &Share<'a>, rows: &'a [TokenId]) -> BatchSequence<'a> {
     let positions = share.positions();
-    let logits = match (share.scores_prompt(), share.draws()) {
-        (true, _) => LogitRows::All,
-        (false, true) => LogitRows::Last,
-        (false, false) => LogitRows::None,
-    };
     BatchSequence {
-        tokens: &share.sequence.tokens[positions.clone()],
+        tokens: rows,
         start: positions.start,
         block_table: &share.sequence.block_table[..blocks_of(positions.end)],
-        logits,
+        logits: logit_rows(share),
     }
 }
 
-/// The positions behind the rows that [`batch_sequence`] asks logits for.
+fn logit_rows(share: &Share<'_>) -> LogitRows {
+    match (share.scores_prompt() || share.num_drafted > 0, share.draws()) {
+        (true, _) => LogitRows::All,
+        (false, true) => LogitRows::Last,
+        (false, false) => LogitRows::None,
+    }
+}
+
+/// The positions behind the rows that ask for logits.
 fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
     let positions = share.positions();
-    match batch_sequence(share).logits {
+    match logit_rows(share) {
         LogitRows::All => positions,
         LogitRows::Last => positions.end - 1..positions.end,
         LogitRows::None => 0..0,
@@ -221,31 +264,35 @@ fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
 }
 
 impl RowReader {
-    /// Scores the prompt token after `position`, or draws the token after it when it is the last known one.
+    /// Scores the prompt token after `position`, or draws the token after it when it is the last known one, or a guess that
+    /// came true.
     fn read(
         &mut self,
         logits: &[f32],
         share: &Share<'_>,
         position: usize,
-        output: &mut StepOutput,
-    ) -> Result<(), EngineError> {
-        let sequence = share.sequence;
-        let request = &*sequence.request;
-        if let Some(&next) = sequence.tokens.get(position + 1) {
-            let scored = self.sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0));
-            output.prompt_logprobs.push(scored.map_err(|_| EngineError::NotFinite)?);
-        } else if share.draws() {
-            let token = self.draw(logits, sequence)?;
-            let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
-            output.token = Some(TokenEvent { token, logprobs: scored.map_err(|_| EngineError::NotFinite)? });
+        output: &mut Result<StepOutput, EngineError>,
+    ) {
+        let request = &*share.sequence.request;
+        if let (Some(&next), Ok(scores)) = (share.sequence.tokens.get(position + 1), &mut *output) {
+            match self.sampler.logprobs(logits, next, request.prompt_logprobs.unwrap_or(0)) {
+                Ok(score) => scores.prompt_logprobs.push(score),
+                Err(_) => *output = Err(EngineError::NotFinite),
+            }
+        } else if share.reaches(position, output) {
+            share.note(self.draw(logits, share, position), output);
         }
-        Ok(())
     }
 
-    /// The next token of `sequence`, which its constraint learns unless it is the last.
-    fn draw(&mut self, logits: &[f32], sequence: &Sequence) -> Result<TokenId, EngineError> {
+    /// The token after `position`, which the sequence's constraint learns unless it is the last.
+    fn draw(&mut self, logits: &[f32], share: &Share<'_>, position: usize) -> Result<TokenEvent, EngineError> {
+        let sequence = share.sequence;
         let request = &*sequence.request;
-        let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len());
+        let num_true = position + 1 - sequence.tokens.len();
+        self.known.clear();
+        self.known.extend_from_slice(&sequence.tokens);
+        self.known.extend_from_slice(&share.draft()[..num_true]);
+        let (prompt, generated) = self.known.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
         let mut constraint = sequence.constraint.as_ref().map(|constraint| constraint.borrow_mut());
         let row = match &mut constraint {
@@ -256,19 +303,17 @@ impl RowReader {
                 &self.masked
             }
         };
-        let drawn = self.sampler.sample(row, &request.sampling, prompt, generated, banned, sample_key(sequence));
+        let key = share.sample_key(position);
+        let drawn = self.sampler.sample(row, &request.sampling, prompt, generated, banned, key);
         let token = drawn.map_err(|_| EngineError::NotFinite)?;
+        let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
+        let logprobs = scored.map_err(|_| EngineError::NotFinite)?;
         if let Some(constraint) = &mut constraint
             && !request.stop_tokens.contains(&token)
             && generated.len() + 1 < request.max_tokens
         {
             constraint.accept(token);
         }
-        Ok(token)
+        Ok(TokenEvent { token, logprobs })
     }
-}
-
-/// Where the next token of `sequence` is drawn.
-fn sample_key(sequence: &Sequence) -> SampleKey {
-    SampleKey { choice: sequence.choice, position: sequence.tokens.len() as u32 }
 }

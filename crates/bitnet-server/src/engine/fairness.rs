@@ -1,5 +1,7 @@
 //! Whose turn it is: one virtual counter of computed tokens for each client with work, so that many requests get nobody more
-//! than one request does. Work-conserving: it only orders those who want something now. Pure.
+//! than one request does. Work-conserving: it only orders those who want something now. What was computed before (a cached
+//! prefix, an answer from the response cache or one that is read along) takes nothing from anybody, and its client paid when
+//! it was computed: both caches are by client. Guesses are the engine's own risk: only those that come true are paid. Pure.
 
 use std::collections::HashMap;
 

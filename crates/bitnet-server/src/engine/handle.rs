@@ -4,7 +4,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Instant,
@@ -46,8 +46,10 @@ pub struct GenerationRequest {
     pub client: ClientId,
     /// What the output has to look like.
     pub constraint: Option<Arc<dyn OutputRule>>,
-    /// When the request's time is up.
-    pub deadline: Instant,
+    /// What the output is expected to follow: it may come sooner, and is the same; empty for none.
+    pub prediction: Arc<[TokenId]>,
+    /// When the request's time is up; `None`: it lives as long as somebody reads it.
+    pub deadline: Option<Instant>,
     /// Arrival, for queue-time metrics.
     pub arrival: Instant,
 }
@@ -154,14 +156,12 @@ impl SubmitPermit {
 
 /// Both ends of one channel a choice. Bounded by all a sequence can ever say, so the engine never waits for a slow reader and
 /// a reader never holds more than its request was allowed. The channel allocates as it fills.
-fn channels(
-    request: &GenerationRequest,
-    max_model_len: usize,
-) -> (Vec<mpsc::Sender<SequenceEvent>>, Vec<SequenceStream>) {
+fn channels(request: &GenerationRequest, max_model_len: usize) -> (Vec<EventSink>, Vec<SequenceStream>) {
     let capacity = request.max_tokens.min(max_model_len) + EVENTS_BESIDE_TOKENS;
     let channel = |_| {
         let (sender, events) = mpsc::channel(capacity);
-        (sender, SequenceStream { events })
+        let left = Arc::new(OnceLock::new());
+        (EventSink { events: sender, left: Arc::clone(&left) }, SequenceStream { events, left })
     };
     (0..request.num_choices).map(channel).unzip()
 }
@@ -170,6 +170,34 @@ fn channels(
 #[derive(Debug)]
 pub struct SequenceStream {
     events: mpsc::Receiver<SequenceEvent>,
+    /// Set when the reader goes.
+    left: Arc<OnceLock<Instant>>,
+}
+
+/// The engine's end of a sequence's channel.
+#[derive(Debug)]
+pub(super) struct EventSink {
+    events: mpsc::Sender<SequenceEvent>,
+    left: Arc<OnceLock<Instant>>,
+}
+
+impl EventSink {
+    /// The channel holds all a sequence can say, so this never waits; a client that left is noticed by the next round.
+    pub(super) fn say(&self, event: SequenceEvent) {
+        let _ = self.events.try_send(event);
+    }
+
+    /// When the reader went, if it did.
+    pub(super) fn reader_left(&self) -> Option<Instant> {
+        self.left.get().copied()
+    }
+}
+
+impl Drop for SequenceStream {
+    fn drop(&mut self) {
+        // Nobody else sets it.
+        let _ = self.left.set(Instant::now());
+    }
 }
 
 impl SequenceStream {
@@ -295,7 +323,7 @@ pub(super) enum Command {
 pub(super) struct Submission {
     pub(super) request: Arc<GenerationRequest>,
     /// One a choice.
-    pub(super) events: Vec<mpsc::Sender<SequenceEvent>>,
+    pub(super) events: Vec<EventSink>,
     /// Shared by the choices: free when the last of them runs or is gone. A probe has none.
     pub(super) place: Option<Arc<QueuePlace>>,
 }

@@ -10,10 +10,12 @@ mod constraint;
 pub mod executor;
 pub mod fairness;
 pub mod handle;
+pub mod lookup;
 mod pace;
 pub mod prefix_cache;
 pub mod scheduler;
 pub mod sequence;
+pub mod speculation;
 mod start;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -26,4 +28,5 @@ pub use handle::{
     EngineError, EngineHandle, EngineStatus, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent,
     SequenceStream, SubmitError, SubmitPermit, TokenEvent,
 };
+pub use lookup::Prediction;
 pub use start::{Engine, EngineConfig, EngineEnd, EngineThread, StartError};

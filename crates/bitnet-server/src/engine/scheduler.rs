@@ -10,7 +10,8 @@
 //!    one request wait until the first has computed their prompt. A client with nothing running may take one place more than
 //!    there are, so that it never waits for another's long answers; a health probe needs no place.
 //! 3. The budget goes to those that need one token, then to prompts, the least served client's first. Beside sequences that
-//!    generate, prompts get no more than the caller allows, so that a step stays short.
+//!    generate, prompts get no more than the caller allows, so that a step stays short. What is left verifies guesses, which
+//!    never take a block from anybody.
 
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
@@ -64,6 +65,8 @@ pub struct Share<'a> {
     pub sequence: &'a Sequence,
     /// Tokens to compute from `sequence.num_computed_tokens` on, at least one.
     pub num_tokens: usize,
+    /// Leading tokens of `sequence.draft` to compute after them; none unless `num_tokens` is one, the last known.
+    pub num_drafted: usize,
 }
 
 impl Scheduler {
@@ -111,23 +114,35 @@ impl Scheduler {
         if self.num_preemptions == preemptions_before {
             while self.admit_next() {}
         }
-        let num_tokens = self.shared_budget(prompt_tokens);
-        let shares = self.running.iter().zip(num_tokens).filter(|(_, num_tokens)| *num_tokens > 0);
-        ScheduledBatch { shares: shares.map(|(sequence, num_tokens)| Share { sequence, num_tokens }).collect() }
+        let (num_tokens, budget) = self.shared_budget(prompt_tokens);
+        let num_drafted = self.cover_drafts(budget);
+        let shares = self.running.iter().zip(num_tokens).zip(num_drafted);
+        let share = |((sequence, num_tokens), num_drafted)| Share { sequence, num_tokens, num_drafted };
+        ScheduledBatch { shares: shares.map(share).filter(|share| share.num_tokens > 0).collect() }
     }
 
-    /// Records that a running sequence computed its share and, when that was its last known token, drew the next one.
+    /// Notes what each running sequence may say next, for the next step to verify where there is room.
+    pub fn draft(&mut self, mut propose: impl FnMut(&Sequence) -> Vec<TokenId>) {
+        for sequence in &mut self.running {
+            sequence.draft = propose(sequence);
+        }
+    }
+
+    /// Records that a running sequence computed its share and, when that ended with its last known token, what it drew: the
+    /// next token, then those after guesses that came true, whose keys and values are computed with it.
     ///
     /// # Panics
     /// When the sequence is not running.
-    pub fn advance(&mut self, id: SequenceId, num_tokens: usize, drawn: Option<TokenId>) -> &Sequence {
+    pub fn advance(&mut self, id: SequenceId, num_tokens: usize, drawn: &[TokenId]) -> &Sequence {
         let sequence =
             self.running.iter_mut().find(|sequence| sequence.id == id).expect("only running sequences compute");
         let before = sequence.num_computed_tokens;
-        sequence.num_computed_tokens += num_tokens;
+        sequence.tokens.extend_from_slice(drawn);
+        sequence.draft.clear();
+        let num_computed = num_tokens + drawn.len().saturating_sub(1);
+        sequence.num_computed_tokens += num_computed;
         self.prefixes.publish(&mut self.blocks, sequence, before);
-        sequence.tokens.extend(drawn);
-        self.counters.charge(sequence.request.client, num_tokens);
+        self.counters.charge(sequence.request.client, num_computed);
         sequence
     }
 
@@ -221,8 +236,8 @@ impl Scheduler {
         candidates.min_by_key(|(_, sequence)| turn(sequence)).map(|(index, _)| index)
     }
 
-    /// What each running sequence computes in this step.
-    fn shared_budget(&self, prompt_tokens: usize) -> Vec<usize> {
+    /// What each running sequence computes in this step, and what is left of the budget.
+    fn shared_budget(&self, prompt_tokens: usize) -> (Vec<usize>, usize) {
         let mut budget = self.limits.max_num_batched_tokens;
         let mut order: Vec<usize> = (0..self.running.len()).collect();
         let is_prompt = |sequence: &Sequence| sequence.num_tokens_to_compute() > 1;
@@ -241,12 +256,31 @@ impl Scheduler {
             num_tokens[index] = sequence.num_tokens_to_compute().min(budget);
             budget -= num_tokens[index];
         }
-        num_tokens
+        (num_tokens, budget)
+    }
+
+    /// How many guesses of each running sequence are verified in this step: as many as `budget` has rows and free blocks
+    /// have room for.
+    fn cover_drafts(&mut self, mut budget: usize) -> Vec<usize> {
+        let Self { running, blocks, .. } = self;
+        let cover = |sequence: &mut Sequence| {
+            let wanted = if sequence.num_tokens_to_compute() == 1 { sequence.draft.len().min(budget) } else { 0 };
+            while sequence.block_table.len() < blocks_of(sequence.tokens.len() + wanted) {
+                let Some(block) = blocks.allocate() else { break };
+                sequence.block_table.push(block);
+            }
+            let room = sequence.block_table.len() * BLOCK_TOKENS - sequence.tokens.len();
+            let num_drafted = wanted.min(room);
+            budget -= num_drafted;
+            num_drafted
+        };
+        running.iter_mut().map(cover).collect()
     }
 
     fn release_blocks(&mut self, sequence: &mut Sequence) {
         sequence.block_table.drain(..).rev().for_each(|block| self.blocks.release(block));
         sequence.num_computed_tokens = 0;
+        sequence.draft.clear();
     }
 }
 

@@ -22,6 +22,8 @@ pub struct Sequence {
     pub choice: u32,
     /// The prompt, then what was generated.
     pub tokens: Vec<TokenId>,
+    /// What may follow `tokens`: guesses for the next step to verify, computed only to be compared with what is drawn.
+    pub draft: Vec<TokenId>,
     /// Leading tokens whose K and V are in the cache.
     pub num_computed_tokens: usize,
     /// Blocks of positions `0..`, in order.
@@ -46,6 +48,7 @@ impl Sequence {
             request,
             choice,
             tokens,
+            draft: Vec::new(),
             num_computed_tokens: 0,
             block_table: Vec::new(),
             is_probe: false,

@@ -4,7 +4,7 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bitnet_core::{
@@ -25,7 +25,7 @@ use super::{
     thread::EngineLoop,
 };
 use crate::{
-    config::{ClientId, PrefixSharing},
+    config::{ClientId, PrefixSharing, Speculation},
     metrics::{MemoryKind, Metrics},
 };
 
@@ -48,6 +48,8 @@ pub struct EngineConfig {
     pub kv_dtype: KvDtype,
     /// Who finds whose prefixes.
     pub prefix_sharing: PrefixSharing,
+    /// When tokens are guessed and verified together.
+    pub speculation: Speculation,
 }
 
 /// Starts engines.
@@ -197,12 +199,13 @@ fn warm_up(executor: &mut impl Executor) {
         priority: 0,
         client: ClientId::local(),
         constraint: None,
-        deadline: now + Duration::from_secs(60),
+        prediction: Arc::new([]),
+        deadline: None,
         arrival: now,
     };
     let mut sequence = Sequence::new(SequenceId(0), Arc::new(request), 0);
     sequence.block_table.push(BlockId(0));
-    let batch = ScheduledBatch { shares: vec![Share { sequence: &sequence, num_tokens: 1 }] };
+    let batch = ScheduledBatch { shares: vec![Share { sequence: &sequence, num_tokens: 1, num_drafted: 0 }] };
     if let Some(Err(error)) = executor.execute(&batch).pop() {
         tracing::warn!(%error, "the model's first token failed");
     }

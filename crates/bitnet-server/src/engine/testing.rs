@@ -27,8 +27,8 @@ pub(crate) const PANIC: TokenId = TokenId(63);
 /// Ids below this are drawn; the vocabulary has the two above as well.
 pub(crate) const DRAWN_IDS: u32 = 60;
 
-/// Chooses the next token of a sequence.
-type Choose = Box<dyn FnMut(&Sequence) -> TokenId + Send>;
+/// Chooses the token after some tokens of a sequence: those it has, and guesses that came true.
+type Choose = Box<dyn FnMut(&Sequence, &[TokenId]) -> TokenId + Send>;
 
 /// See the module.
 pub(crate) struct FakeExecutor {
@@ -36,18 +36,23 @@ pub(crate) struct FakeExecutor {
     max_batch_tokens: usize,
     /// What each slot holds: K and V of a token depend on every token before it.
     slots: Vec<Option<u64>>,
+    /// Guesses that came true.
+    pub(crate) num_true: usize,
 }
 
 impl FakeExecutor {
     /// Tokens by [`hashed_token`].
     pub(crate) fn new(config: &EngineConfig) -> Self {
-        Self::choosing(config, |sequence| hashed_token(&sequence.tokens, &sequence.request.sampling, sequence.choice))
+        Self::choosing(config, |sequence, tokens| hashed_token(tokens, &sequence.request.sampling, sequence.choice))
     }
 
     /// Tokens by `choose`, which may also wait, to hold the engine in a step.
-    pub(crate) fn choosing(config: &EngineConfig, choose: impl FnMut(&Sequence) -> TokenId + Send + 'static) -> Self {
+    pub(crate) fn choosing(
+        config: &EngineConfig,
+        choose: impl FnMut(&Sequence, &[TokenId]) -> TokenId + Send + 'static,
+    ) -> Self {
         let slots = vec![None; config.num_kv_blocks * BLOCK_TOKENS];
-        Self { choose: Box::new(choose), max_batch_tokens: config.max_num_batched_tokens, slots }
+        Self { choose: Box::new(choose), max_batch_tokens: config.max_num_batched_tokens, slots, num_true: 0 }
     }
 
     fn slot(sequence: &Sequence, position: usize) -> usize {
@@ -57,8 +62,9 @@ impl FakeExecutor {
     fn compute(&mut self, share: &Share<'_>) -> Result<StepOutput, EngineError> {
         let sequence = share.sequence;
         let end = sequence.num_computed_tokens + share.num_tokens;
-        let cached: Vec<_> = (0..end).map(|position| self.slots[Self::slot(sequence, position)]).collect();
-        let known: Vec<_> = prefix_hashes(&sequence.tokens[..end]).map(Some).collect();
+        let rows = [&sequence.tokens[..end], share.draft()].concat();
+        let cached: Vec<_> = (0..rows.len()).map(|position| self.slots[Self::slot(sequence, position)]).collect();
+        let known: Vec<_> = prefix_hashes(&rows).map(Some).collect();
         assert_eq!(cached, known, "the cache does not hold this sequence");
         assert!(!sequence.request.prompt.contains(&PANIC), "the fake model panics");
         if sequence.request.prompt.contains(&POISON) {
@@ -70,7 +76,14 @@ impl FakeExecutor {
             output.prompt_logprobs = scored.map(|position| score(&sequence.tokens[..=position])).collect();
         }
         if end == sequence.tokens.len() && sequence.request.max_tokens > 0 {
-            output.token = Some(TokenEvent { token: (self.choose)(sequence), logprobs: None });
+            for at in end..=rows.len() {
+                let token = (self.choose)(sequence, &rows[..at]);
+                output.tokens.push(TokenEvent { token, logprobs: None });
+                if rows.get(at) != Some(&token) || sequence.request.stop_tokens.contains(&token) {
+                    break;
+                }
+                self.num_true += 1;
+            }
         }
         Ok(output)
     }
@@ -82,12 +95,13 @@ impl Executor for FakeExecutor {
     }
 
     fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
-        let num_tokens: usize = batch.shares.iter().map(|share| share.num_tokens).sum();
-        assert!(num_tokens <= self.max_batch_tokens, "the step is over its budget");
-        for Share { sequence, num_tokens } in &batch.shares {
-            assert!(*num_tokens > 0);
-            let hashes = prefix_hashes(&sequence.tokens[..sequence.num_computed_tokens + num_tokens]);
-            for (position, hash) in hashes.enumerate().skip(sequence.num_computed_tokens) {
+        let num_rows: usize = batch.shares.iter().map(|share| share.num_tokens + share.num_drafted).sum();
+        assert!(num_rows <= self.max_batch_tokens, "the step is over its budget");
+        for share in &batch.shares {
+            let Share { sequence, num_tokens, num_drafted } = *share;
+            assert!(num_tokens > 0 && (num_drafted == 0 || num_tokens == 1));
+            let rows = [&sequence.tokens[..sequence.num_computed_tokens + num_tokens], share.draft()].concat();
+            for (position, hash) in prefix_hashes(&rows).enumerate().skip(sequence.num_computed_tokens) {
                 self.slots[Self::slot(sequence, position)] = Some(hash);
             }
         }
@@ -95,9 +109,13 @@ impl Executor for FakeExecutor {
     }
 }
 
-/// What the fake model says after `tokens`.
+/// What the fake model says after `tokens`: with every third seed something that depends on the last of them alone, so that
+/// it soon repeats itself.
 pub(crate) fn hashed_token(tokens: &[TokenId], sampling: &SamplingParams, choice: u32) -> TokenId {
-    TokenId((hash(tokens) ^ sampling.seed.cast_unsigned() ^ u64::from(choice)) as u32 % DRAWN_IDS)
+    let repeats = sampling.seed % 3 == 0;
+    let seen = if repeats { &tokens[tokens.len() - 1..] } else { tokens };
+    let ids = if repeats { DRAWN_IDS / 10 } else { DRAWN_IDS };
+    TokenId((hash(seen) ^ sampling.seed.cast_unsigned() ^ u64::from(choice)) as u32 % ids)
 }
 
 /// The fake log-probability of the last of `tokens` after those before it.
@@ -133,7 +151,8 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         priority: 0,
         client: ClientId::local(),
         constraint: None,
-        deadline: now + std::time::Duration::from_secs(3600),
+        prediction: Arc::new([]),
+        deadline: None,
         arrival: now,
     }
 }

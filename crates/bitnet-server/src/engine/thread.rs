@@ -7,16 +7,17 @@ use std::{
     time::Instant,
 };
 
-use bitnet_core::sampling::TokenLogprobs;
+use bitnet_core::{TokenId, sampling::TokenLogprobs};
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    EngineConfig, EngineError, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent, TokenEvent,
+    EngineConfig, EngineError, FinishReason, GenerationRequest, Prediction, PromptLogprobs, SequenceEvent, TokenEvent,
     executor::{Executor, StepOutput},
-    handle::{Command, QueuePlace, Receivers, Shared, Submission},
+    handle::{Command, EventSink, QueuePlace, Receivers, Shared, Submission},
     pace::Pace,
     scheduler::{Scheduler, SchedulerLimits, Share},
     sequence::{Sequence, SequenceId},
+    speculation::{Guesses, StepCosts},
 };
 use crate::metrics::{Metrics, StepPhase};
 
@@ -36,11 +37,13 @@ pub(super) struct EngineLoop<E> {
     max_model_len: usize,
     next_id: u64,
     pace: Pace,
+    /// `None`: nothing is guessed.
+    step_costs: Option<StepCosts>,
 }
 
 /// Whom a sequence answers to, and how far it has come.
 struct Client {
-    events: mpsc::Sender<SequenceEvent>,
+    events: EventSink,
     request: Arc<GenerationRequest>,
     /// Held until the sequence starts.
     place: Option<Arc<QueuePlace>>,
@@ -49,6 +52,7 @@ struct Client {
     /// When the last token of the prompt was computed.
     prompt_done: Option<Instant>,
     prompt_logprobs: PromptLogprobs,
+    guesses: Guesses,
 }
 
 /// What came out of one share, free of the scheduler's borrows.
@@ -56,6 +60,7 @@ struct Progress {
     id: SequenceId,
     start: usize,
     num_tokens: usize,
+    num_drafted: usize,
     output: Result<StepOutput, EngineError>,
 }
 
@@ -85,6 +90,7 @@ impl<E: Executor> EngineLoop<E> {
             max_model_len: config.max_model_len,
             next_id: 0,
             pace: Pace::default(),
+            step_costs: StepCosts::new(config.speculation),
         }
     }
 
@@ -98,7 +104,7 @@ impl<E: Executor> EngineLoop<E> {
                 return self.fail_all(EngineError::ShuttingDown);
             }
             if self.has_work() {
-                self.turn(Instant::now());
+                self.turn(&Instant::now);
                 continue;
             }
             self.shared.beat(false);
@@ -119,6 +125,12 @@ impl<E: Executor> EngineLoop<E> {
     #[cfg(test)]
     pub(super) fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+
+    /// What computes, for tests.
+    #[cfg(test)]
+    pub(super) fn executor(&self) -> &E {
+        &self.executor
     }
 
     /// Takes submissions over while the scheduler has room: what waits beyond that stays in the channel.
@@ -155,7 +167,7 @@ impl<E: Executor> EngineLoop<E> {
         let fits = self.fits(&request);
         for (choice, events) in (0..).zip(events) {
             if !fits {
-                say(&events, SequenceEvent::Failed(EngineError::Invalid));
+                events.say(SequenceEvent::Failed(EngineError::Invalid));
                 continue;
             }
             let id = SequenceId(self.next_id);
@@ -169,6 +181,7 @@ impl<E: Executor> EngineLoop<E> {
                 started: None,
                 prompt_done: None,
                 prompt_logprobs: Vec::new(),
+                guesses: Guesses::new(Prediction::new(Arc::clone(&request.prediction))),
             };
             self.clients.insert(id, client);
         }
@@ -177,34 +190,39 @@ impl<E: Executor> EngineLoop<E> {
     /// Whether the request can be computed at all; the service checks this before, with better words.
     fn fits(&self, request: &GenerationRequest) -> bool {
         let num_tokens = request.prompt.len() + request.max_tokens.min(1);
-        let in_vocabulary = |&id: &bitnet_core::TokenId| id.index() < self.executor.vocab_size();
+        let in_vocabulary = |&id: &TokenId| id.index() < self.executor.vocab_size();
         !request.prompt.is_empty() && num_tokens <= self.max_model_len && request.prompt.iter().all(in_vocabulary)
     }
 
-    /// One round with work to do.
-    pub(super) fn turn(&mut self, now: Instant) {
+    /// One round with work to do. `now` tells the time.
+    pub(super) fn turn(&mut self, now: &dyn Fn() -> Instant) {
         self.shared.beat(true);
-        self.drop_gone(now);
-        self.step();
+        self.drop_gone(now());
+        self.step(now);
     }
 
     /// Sequences nobody listens to any more, and those out of time.
     fn drop_gone(&mut self, now: Instant) {
-        let Self { clients, scheduler, .. } = self;
+        let Self { clients, scheduler, metrics, .. } = self;
         clients.retain(|&id, client| {
-            let cancelled = client.events.is_closed();
-            let late = client.request.deadline <= now;
+            let left = client.events.reader_left();
+            let late = client.request.deadline.is_some_and(|deadline| deadline <= now);
             if late {
-                say(&client.events, SequenceEvent::Failed(EngineError::Timeout));
+                client.events.say(SequenceEvent::Failed(EngineError::Timeout));
             }
-            if cancelled || late {
+            let stays = left.is_none() && !late;
+            if !stays {
                 scheduler.remove(id);
             }
-            !cancelled && !late
+            if let Some(left) = left {
+                metrics.observe_cancel(left.elapsed().as_secs_f64());
+            }
+            stays
         });
     }
 
-    fn step(&mut self) {
+    fn step(&mut self, now: &dyn Fn() -> Instant) {
+        self.propose_drafts();
         let batch = self.scheduler.schedule(self.pace.prompt_tokens_within(STEP_SECONDS));
         if batch.shares.is_empty() {
             return;
@@ -212,7 +230,7 @@ impl<E: Executor> EngineLoop<E> {
         // Before the places are given back, so that nobody sees an engine with neither waiting nor running work.
         self.shared.running.store(batch.shares.len(), Ordering::Relaxed);
         self.metrics.set_running(batch.shares.len());
-        let began = Instant::now();
+        let began = now();
         let phase = phase_of(&batch.shares);
         for share in &batch.shares {
             if let Some(client) = self.clients.get_mut(&share.sequence.id) {
@@ -223,30 +241,59 @@ impl<E: Executor> EngineLoop<E> {
         assert_eq!(outputs.len(), batch.shares.len(), "one output a share");
         let progress: Vec<Progress> = batch.shares.iter().zip(outputs).map(Progress::new).collect();
 
-        let seconds = began.elapsed().as_secs_f64();
+        let seconds = now().saturating_duration_since(began).as_secs_f64();
         self.metrics.record_step(phase, seconds, progress.len());
-        let shares = progress.iter().map(|progress| progress.num_tokens);
-        self.pace.step(shares.clone().sum(), shares.filter(|num_tokens| *num_tokens > 1).sum(), seconds);
-        progress.into_iter().for_each(|progress| self.update(progress));
+        let num_rows = progress.iter().map(|progress| progress.num_tokens + progress.num_drafted).sum();
+        let num_gained: usize = progress.iter().map(Progress::num_gained).sum();
+        let prompts = progress.iter().map(|progress| progress.num_tokens).filter(|num_tokens| *num_tokens > 1);
+        self.pace.step(num_gained, prompts.sum(), seconds);
+        let mut price = 0.0;
+        if let Some(costs) = &mut self.step_costs {
+            if phase == StepPhase::Decode && progress.iter().all(|progress| progress.num_tokens == 1) {
+                costs.record(num_rows, seconds);
+            }
+            price = costs.price(progress.len(), num_rows);
+        }
+        progress.into_iter().for_each(|progress| self.update(progress, price));
         self.publish();
     }
 
+    /// Notes what may be said next, for steps that only generate: beside prompts every row has its price already.
+    fn propose_drafts(&mut self) {
+        let Some(costs) = &self.step_costs else { return };
+        let running = self.scheduler.running();
+        if running.iter().any(|sequence| sequence.num_tokens_to_compute() > 1) {
+            return self.scheduler.draft(|_| Vec::new());
+        }
+        let mut plan = costs.plan(running.len());
+        let (clients, max_model_len, vocab_size) = (&self.clients, self.max_model_len, self.executor.vocab_size());
+        self.scheduler.draft(|sequence| {
+            let guesses = clients.get(&sequence.id).map(|client| &client.guesses);
+            guesses.map_or_else(Vec::new, |guesses| guesses.propose(sequence, &mut plan, max_model_len, vocab_size))
+        });
+    }
+
     /// Brings one sequence up to date and tells its client.
-    fn update(&mut self, progress: Progress) {
-        let Progress { id, start, num_tokens, output } = progress;
+    fn update(&mut self, progress: Progress, price: f64) {
+        let Progress { id, start, num_tokens, num_drafted, output } = progress;
         let Some(client) = self.clients.get_mut(&id) else { return };
         let end = match output {
-            Ok(StepOutput { prompt_logprobs, token }) => {
-                let sequence = self.scheduler.advance(id, num_tokens, token.as_ref().map(|event| event.token));
+            Ok(StepOutput { prompt_logprobs, tokens }) => {
+                let drawn: Vec<TokenId> = tokens.iter().map(|event| event.token).collect();
+                let sequence = self.scheduler.advance(id, num_tokens, &drawn);
+                client.guesses.settle(&drawn, num_drafted, price);
+                if num_drafted > 0 {
+                    self.metrics.record_speculation(num_drafted, drawn.len().saturating_sub(1));
+                }
                 client.prompt_computed(start, prompt_logprobs, sequence, &self.metrics);
-                let finish = finish_reason(sequence, token.as_ref(), self.max_model_len);
-                token.into_iter().for_each(|token| say(&client.events, SequenceEvent::Token(token)));
+                let finish = finish_reason(sequence, tokens.last(), self.max_model_len);
+                tokens.into_iter().for_each(|token| client.events.say(SequenceEvent::Token(token)));
                 finish.map(SequenceEvent::Finished)
             }
             Err(error) => Some(SequenceEvent::Failed(error)),
         };
         if let Some(end) = end {
-            say(&client.events, end);
+            client.events.say(end);
             if let Some(prompt_done) = client.prompt_done {
                 self.metrics.observe_decode(prompt_done.elapsed().as_secs_f64());
             }
@@ -286,7 +333,7 @@ impl<E: Executor> EngineLoop<E> {
         }
         for (id, client) in self.clients.drain() {
             self.scheduler.remove(id);
-            say(&client.events, SequenceEvent::Failed(error));
+            client.events.say(SequenceEvent::Failed(error));
         }
         self.publish();
     }
@@ -322,10 +369,8 @@ impl Client {
             let seconds = self.started.map_or(0.0, |started| (now - started).as_secs_f64());
             metrics.observe_prefill(seconds);
             let logprobs = wanted.then(|| std::mem::take(&mut self.prompt_logprobs));
-            say(
-                &self.events,
-                SequenceEvent::PromptDone { cached_tokens: sequence.cached_tokens.unwrap_or(0), logprobs },
-            );
+            let cached_tokens = sequence.cached_tokens.unwrap_or(0);
+            self.events.say(SequenceEvent::PromptDone { cached_tokens, logprobs });
         }
     }
 }
@@ -333,7 +378,14 @@ impl Client {
 impl Progress {
     fn new((share, output): (&Share<'_>, Result<StepOutput, EngineError>)) -> Self {
         let sequence = share.sequence;
-        Self { id: sequence.id, start: sequence.num_computed_tokens, num_tokens: share.num_tokens, output }
+        let Share { num_tokens, num_drafted, .. } = *share;
+        Self { id: sequence.id, start: sequence.num_computed_tokens, num_tokens, num_drafted, output }
+    }
+
+    /// Tokens that need no computing any more.
+    fn num_gained(&self) -> usize {
+        let num_drawn = self.output.as_ref().map_or(0, |output| output.tokens.len());
+        self.num_tokens + num_drawn.saturating_sub(1)
     }
 }
 
@@ -356,11 +408,6 @@ fn phase_of(shares: &[Share<'_>]) -> StepPhase {
         (false, _) => StepPhase::Prefill,
         (true, false) => StepPhase::Mixed,
     }
-}
-
-/// The channel holds all a sequence can say, so this never waits; a client that left is noticed by the next round.
-fn say(events: &mpsc::Sender<SequenceEvent>, event: SequenceEvent) {
-    let _ = events.try_send(event);
 }
 
 /// Marks the engine as dead however its thread ends.

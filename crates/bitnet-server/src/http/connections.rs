@@ -5,7 +5,7 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::Duration,
 };
@@ -18,6 +18,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
+use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use super::guard::Peer;
@@ -33,11 +34,13 @@ const MAX_CONNECTIONS: usize = 16_384;
 /// How long to wait when the system has no descriptor to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves `router` on `listener` until `closing` turns true, then finishes the requests that are open.
+/// Serves `router` on `listener` until `closing` turns true, then finishes the requests that are open. A client that takes
+/// nothing of what is written for `patience` is cut off: neither its connection nor what waits for it is held for ever.
 pub async fn serve_connections(
     listener: TcpListener,
     router: Router,
     metrics: Arc<Metrics>,
+    patience: Duration,
     mut closing: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -53,7 +56,7 @@ pub async fn serve_connections(
         let (router, metrics, closing) = (router.clone(), Arc::clone(&metrics), closing.clone());
         connections.spawn(async move {
             let _place = place;
-            serve_one(stream, peer.ip(), router, &metrics, closing).await;
+            serve_one(written_within(patience, stream), peer.ip(), router, &metrics, closing).await;
         });
     }
     drop(listener);
@@ -78,15 +81,24 @@ async fn accept(
     }
 }
 
+/// Boxed, because its timer may not be moved.
+type PatientStream = Pin<Box<TimeoutStream<TcpStream>>>;
+
+fn written_within(patience: Duration, stream: TcpStream) -> PatientStream {
+    // Tokens are small and wanted at once.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(patience));
+    Box::pin(stream)
+}
+
 async fn serve_one(
-    stream: TcpStream,
+    stream: PatientStream,
     peer: IpAddr,
     router: Router,
     metrics: &Metrics,
     mut closing: watch::Receiver<bool>,
 ) {
-    // Tokens are small and wanted at once.
-    let _ = stream.set_nodelay(true);
     let _open = OpenConnection::new(metrics);
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
@@ -128,5 +140,43 @@ impl<'m> OpenConnection<'m> {
 impl Drop for OpenConnection<'_> {
     fn drop(&mut self) {
         self.0.http_connection_closed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Bytes, routing::get};
+    use futures_util::stream;
+    use tokio::{sync::mpsc, time::timeout};
+
+    use super::*;
+    use crate::metrics::MetricsLimits;
+
+    #[tokio::test]
+    async fn whoever_reads_nothing_is_cut_off() {
+        let (say_gone, mut gone) = mpsc::channel::<()>(1);
+        let endless = move || {
+            let held = say_gone.clone();
+            async move { Body::from_stream(stream::repeat_with(move || part(&held))) }
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let metrics = Arc::new(Metrics::new("test", MetricsLimits { max_num_seqs: 1, max_queue: 1 }));
+        let (close, closing) = watch::channel(false);
+        let router = Router::new().route("/", get(endless));
+        let server = tokio::spawn(serve_connections(listener, router, metrics, Duration::from_millis(200), closing));
+        let client = TcpStream::connect(address).await.unwrap();
+        client.writable().await.unwrap();
+        client.try_write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        client.readable().await.unwrap();
+        // With the router closed, the answer alone holds the channel open; the client still holds its socket.
+        close.send(true).unwrap();
+        timeout(Duration::from_secs(60), server).await.expect("the connection is closed").unwrap();
+        assert!(timeout(Duration::from_secs(60), gone.recv()).await.expect("the answer is dropped").is_none());
+        drop(client);
+    }
+
+    fn part(_held: &mpsc::Sender<()>) -> Result<Bytes, Infallible> {
+        Ok(Bytes::from_static(&[b'x'; 4096]))
     }
 }

@@ -64,10 +64,13 @@ pub(super) struct Families {
     pub(super) kv_config: IntGaugeVec,
     pub(super) prefix_cache_queried: IntCounter,
     pub(super) prefix_cache_hit: IntCounter,
+    pub(super) speculation_drafted: IntCounter,
+    pub(super) speculation_accepted: IntCounter,
     pub(super) response_cache_lookups: IntCounterVec,
     pub(super) response_cache_bytes: IntGauge,
     pub(super) response_cache_evictions: IntCounter,
     pub(super) cancellations: IntCounterVec,
+    pub(super) cancel_duration: Histogram,
     pub(super) security_events: IntCounterVec,
     pub(super) filter_matches: IntCounterVec,
     pub(super) filter_duration: HistogramVec,
@@ -181,6 +184,9 @@ impl Families {
                 .counter("prefix_cache_queried_tokens_total", "Prompt tokens looked for in the prefix cache."),
             prefix_cache_hit: model
                 .counter("prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."),
+            speculation_drafted: model
+                .counter("speculation_drafted_tokens_total", "Tokens guessed and computed to be verified."),
+            speculation_accepted: model.counter("speculation_accepted_tokens_total", "Guessed tokens that came true."),
             response_cache_lookups: server.counters(
                 "response_cache_lookups_total",
                 "Looks into the response cache, by result.",
@@ -193,6 +199,11 @@ impl Families {
                 "stream_cancellations_total",
                 "Generations stopped from outside, by cause.",
                 &["cause"],
+            ),
+            cancel_duration: server.histogram(
+                "cancel_duration_seconds",
+                "Time from when a reader went to when the blocks of its sequence were free.",
+                FIRST_TOKEN_BUCKETS,
             ),
             security_events: server.counters("security_events_total", "Lines of the security log.", &["event"]),
             filter_matches: server.counters(

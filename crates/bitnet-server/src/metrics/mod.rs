@@ -116,6 +116,11 @@ impl Metrics {
         self.families.cancellations.with_label_values(&[cause.as_str()]).inc();
     }
 
+    /// The blocks of a sequence are free, so long after its reader went.
+    pub fn observe_cancel(&self, seconds: f64) {
+        self.families.cancel_duration.observe(seconds);
+    }
+
     /// Arrival to the first bytes handed to the socket.
     pub fn observe_ttft(&self, seconds: f64) {
         self.families.time_to_first_token.observe(seconds);
@@ -191,6 +196,12 @@ impl Metrics {
     pub fn record_prefix_cache(&self, queried_tokens: usize, hit_tokens: usize) {
         self.families.prefix_cache_queried.inc_by(queried_tokens as u64);
         self.families.prefix_cache_hit.inc_by(hit_tokens as u64);
+    }
+
+    /// A step verified so many guesses for a sequence, and so many came true.
+    pub fn record_speculation(&self, drafted: usize, accepted: usize) {
+        self.families.speculation_drafted.inc_by(drafted as u64);
+        self.families.speculation_accepted.inc_by(accepted as u64);
     }
 
     /// Preemptions since the start; only the engine says this.

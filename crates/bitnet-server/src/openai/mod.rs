@@ -67,14 +67,14 @@ pub struct PromptTokensDetails {
     pub cached_tokens: usize,
 }
 
-/// `usage.completion_tokens_details`; this server has none of the special kinds yet, clients read the zeros.
+/// `usage.completion_tokens_details`. What was predicted says the same whether or not it made the answer faster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CompletionTokensDetails {
     /// Always 0.
     pub reasoning_tokens: usize,
-    /// Always 0.
+    /// Tokens of `prediction` that the output took over, where it followed it; over all choices.
     pub accepted_prediction_tokens: usize,
-    /// Always 0.
+    /// The other tokens of `prediction`. They are no part of `completion_tokens`: nobody pays for them.
     pub rejected_prediction_tokens: usize,
 }
 

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use serde::Deserialize;
 
 use super::{
-    Content, OutputFormat,
+    Content, ContentPart, OutputFormat,
     fields::{BodyError, Fields},
 };
 
@@ -57,6 +57,8 @@ pub struct Params {
     pub priority: Option<i64>,
     /// What the output must look like.
     pub output: Option<OutputFormat>,
+    /// A guess of the output, which never changes it.
+    pub prediction: Option<String>,
 }
 
 /// `stop`.
@@ -80,15 +82,13 @@ struct StreamOptions {
 struct Prediction {
     #[serde(rename = "type")]
     kind: String,
-    #[serde(rename = "content")]
-    _content: Content,
+    content: Content,
 }
 
 impl Params {
     /// Takes the shared fields.
     pub(super) fn take(fields: &mut Fields) -> Result<Self, BodyError> {
         let stream_options = fields.take::<StreamOptions>("stream_options")?.unwrap_or_default();
-        check_prediction(fields)?;
         let params = Self {
             max_tokens: fields.take("max_tokens")?,
             max_tokens_field: "max_tokens",
@@ -113,6 +113,7 @@ impl Params {
             cache_prompt: fields.take("cache_prompt")?,
             priority: fields.take("priority")?,
             output: OutputFormat::take(fields)?,
+            prediction: prediction(fields)?,
         };
         fields.accept(ACCEPTED);
         for (name, harmless) in REFUSED {
@@ -122,12 +123,20 @@ impl Params {
     }
 }
 
-fn check_prediction(fields: &mut Fields) -> Result<(), BodyError> {
-    match fields.take::<Prediction>("prediction")? {
-        Some(prediction) if prediction.kind != "content" => {
-            Err(BodyError::invalid("prediction", "'prediction.type' must be content."))
+fn prediction(fields: &mut Fields) -> Result<Option<String>, BodyError> {
+    const NAME: &str = "prediction";
+    let Some(prediction) = fields.take::<Prediction>(NAME)? else { return Ok(None) };
+    if prediction.kind != "content" {
+        return Err(BodyError::invalid(NAME, "'prediction.type' must be content."));
+    }
+    match prediction.content {
+        Content::Text(text) => Ok(Some(text)),
+        Content::Parts(parts) => {
+            let text = |part: ContentPart| part.text.filter(|_| part.kind == "text");
+            let texts: Option<Vec<_>> = parts.into_iter().map(text).collect();
+            let message = "'prediction.content' may hold text parts only.";
+            texts.map(|texts| Some(texts.concat())).ok_or_else(|| BodyError::invalid(NAME, message))
         }
-        _ => Ok(()),
     }
 }
 

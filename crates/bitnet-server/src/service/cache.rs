@@ -1,6 +1,7 @@
 //! What the response cache holds and for whom: the engine's events of a deterministic request, replayed later through the
 //! same stages as live ones, so that stop strings, filter and wire format cannot differ; and the stream of such a request,
-//! read by all who asked the same meanwhile.
+//! read by all who asked the same meanwhile. A hit counts against the client's limits and in all counters of requests and
+//! tokens like any answer; only the engine's turns cost it nothing, because it takes none.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -163,7 +164,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::PrefixSharing,
+        config::{PrefixSharing, Speculation},
         engine::{
             Engine, EngineConfig,
             testing::{FakeExecutor, metrics, request},
@@ -181,6 +182,7 @@ mod tests {
             num_kv_blocks: 4,
             kv_dtype: KvDtype::F16,
             prefix_sharing: PrefixSharing::Off,
+            speculation: Speculation::Auto,
         };
         let (engine, _thread) = Engine::start_with(FakeExecutor::new(&config), &config, metrics()).unwrap();
         let mut streams = engine.reserve().unwrap().submit(request(&[1, 2], 20)).unwrap();

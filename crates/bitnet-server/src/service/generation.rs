@@ -1,6 +1,6 @@
 //! A running answer: the events of all its choices, merged as they come. Dropping it cancels whatever still runs.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use bitnet_core::TokenId;
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -12,7 +12,7 @@ use super::{
     meter::Meter,
 };
 use crate::{
-    engine::{PromptLogprobs, SequenceEvent, SequenceStream},
+    engine::{Prediction, PromptLogprobs, SequenceEvent, SequenceStream},
     filter::RuleHit,
     openai::{FinishReason, Usage},
 };
@@ -43,6 +43,8 @@ pub struct PromptInfo {
     pub tokens: Arc<[TokenId]>,
     /// Of them, how many came from the prefix cache.
     pub cached_tokens: usize,
+    /// What its choices were expected to say.
+    pub prediction: Arc<[TokenId]>,
 }
 
 /// A running answer.
@@ -51,9 +53,13 @@ pub struct Generation {
     choices_per_prompt: usize,
     /// `None`: the choice has ended.
     choices: Vec<Option<Choice>>,
+    /// How far each choice follows what was expected.
+    predictions: Vec<Prediction>,
     sources: FuturesUnordered<BoxFuture<'static, (usize, SequenceEvent, Source)>>,
     completion_tokens: usize,
     first_finish: Option<FinishReason>,
+    /// This reader's own: the sequences may be read by others for longer.
+    deadline: Instant,
     meter: Meter,
     recorder: Option<Recorder>,
     on_match: Box<dyn Fn(&RuleHit) + Send + Sync>,
@@ -91,6 +97,7 @@ impl Generation {
     pub(super) fn new(
         prompts: Vec<PromptInfo>,
         choices: Vec<(Choice, Source)>,
+        deadline: Instant,
         meter: Meter,
         recorder: Option<Recorder>,
         on_match: Box<dyn Fn(&RuleHit) + Send + Sync>,
@@ -102,13 +109,17 @@ impl Generation {
             stages.push(Some(stage));
             sources.push(Box::pin(source.next(index)) as BoxFuture<'static, _>);
         }
+        let prediction =
+            |prompt: &PromptInfo| vec![Prediction::new(Arc::clone(&prompt.prediction)); choices_per_prompt];
         Self {
+            predictions: prompts.iter().flat_map(prediction).collect(),
             prompts,
             choices_per_prompt,
             choices: stages,
             sources,
             completion_tokens: 0,
             first_finish: None,
+            deadline,
             meter,
             recorder,
             on_match,
@@ -120,8 +131,11 @@ impl Generation {
     /// # Errors
     /// The first choice that fails ends the whole answer.
     pub async fn next(&mut self) -> Result<Option<Event>, ServiceError> {
+        let _reading = self.meter.reading();
         loop {
-            let Some((choice, event, source)) = self.sources.next().await else { return Ok(None) };
+            let next = tokio::time::timeout_at(self.deadline.into(), self.sources.next()).await;
+            let Ok(next) = next else { return Err(self.fail(ServiceError::Timeout)) };
+            let Some((choice, event, source)) = next else { return Ok(None) };
             if let Some(recorder) = &mut self.recorder {
                 recorder.record(choice, &event);
             }
@@ -136,13 +150,15 @@ impl Generation {
                         return Ok(Some(event));
                     }
                 }
-                Err(error) => {
-                    self.sources.clear();
-                    self.meter.fail(&error);
-                    return Err(error);
-                }
+                Err(error) => return Err(self.fail(error)),
             }
         }
+    }
+
+    fn fail(&mut self, error: ServiceError) -> ServiceError {
+        self.sources.clear();
+        self.meter.fail(&error);
+        error
     }
 
     /// Number of choices, over all prompts.
@@ -159,7 +175,11 @@ impl Generation {
     pub fn usage(&self) -> Usage {
         let prompt_tokens = self.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let cached_tokens = self.prompts.iter().map(|prompt| prompt.cached_tokens).sum();
-        Usage::new(prompt_tokens, self.completion_tokens, cached_tokens)
+        let mut usage = Usage::new(prompt_tokens, self.completion_tokens, cached_tokens);
+        let details = &mut usage.completion_tokens_details;
+        details.accepted_prediction_tokens = self.predictions.iter().map(Prediction::num_accepted).sum();
+        details.rejected_prediction_tokens = self.predictions.iter().map(Prediction::num_rejected).sum();
+        usage
     }
 
     /// One engine event through the stages of its choice; `None` when nothing may be told yet.
@@ -175,6 +195,7 @@ impl Generation {
             SequenceEvent::Token(token) => {
                 self.completion_tokens += 1;
                 self.meter.token(index);
+                self.predictions[index].follow(token.token);
                 choice.token(token)
             }
             SequenceEvent::Finished(reason) => choice.finish(reason),

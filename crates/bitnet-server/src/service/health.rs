@@ -151,7 +151,8 @@ impl Service {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
-            deadline: arrival + PATIENCE,
+            prediction: Arc::new([]),
+            deadline: Some(arrival + PATIENCE),
             arrival,
         })?;
         let mut tokens = 0;

@@ -1,6 +1,9 @@
 //! The figures of one generation, recorded where they happen; what its `Drop` finds unfinished was cancelled.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use crate::{
     metrics::{CancelCause, FinishLabel, Metrics},
@@ -18,12 +21,50 @@ pub(super) struct Meter {
     measure_gaps: bool,
     first_token_seen: bool,
     finished: bool,
+    last_read: LastRead,
+    /// Whoever did not read for so long was cut off for it.
+    patience: Duration,
+}
+
+/// Since when nobody waits for the next event.
+#[derive(Clone, Debug)]
+struct LastRead(Arc<Mutex<Instant>>);
+
+/// Somebody waits for the next event, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Reading(LastRead);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
 }
 
 impl Meter {
-    pub(super) fn new(metrics: Arc<Metrics>, arrival: Instant, num_choices: usize, measure_gaps: bool) -> Self {
+    pub(super) fn new(
+        metrics: Arc<Metrics>,
+        arrival: Instant,
+        num_choices: usize,
+        measure_gaps: bool,
+        patience: Duration,
+    ) -> Self {
         let last_tokens = vec![None; num_choices];
-        Self { metrics, arrival, last_tokens, measure_gaps, first_token_seen: false, finished: false }
+        let last_read = LastRead(Arc::new(Mutex::new(Instant::now())));
+        Self {
+            metrics,
+            arrival,
+            last_tokens,
+            measure_gaps,
+            first_token_seen: false,
+            finished: false,
+            last_read,
+            patience,
+        }
+    }
+
+    /// To be held while somebody waits for the next event.
+    pub(super) fn reading(&self) -> Reading {
+        Reading(self.last_read.clone())
     }
 
     /// A token of `choice` arrived.
@@ -75,7 +116,10 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         if !self.finished {
-            self.metrics.record_cancelled(CancelCause::ClientDisconnect);
+            let last_read = *self.last_read.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let stalled = last_read.elapsed() >= self.patience;
+            let cause = if stalled { CancelCause::SlowReader } else { CancelCause::ClientDisconnect };
+            self.metrics.record_cancelled(cause);
             self.end(FinishLabel::Cancelled);
         }
     }

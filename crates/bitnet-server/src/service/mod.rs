@@ -75,6 +75,8 @@ pub struct Parts {
     pub response_cache_bytes: usize,
     /// Longest time from arrival to the last byte.
     pub request_timeout: Duration,
+    /// A reader that takes nothing for so long is cut off.
+    pub slow_reader_timeout: Duration,
     /// Where figures go.
     pub metrics: Arc<Metrics>,
 }
@@ -92,6 +94,7 @@ pub struct Service {
     cache: Arc<ResponseCache<CachedAnswer>>,
     joinable: JoinableAnswers<SharedStream>,
     request_timeout: Duration,
+    slow_reader_timeout: Duration,
     metrics: Arc<Metrics>,
     probe: health::Probe,
 }
@@ -123,6 +126,7 @@ impl Service {
             cache: Arc::new(ResponseCache::new(parts.response_cache_bytes, ANSWERS_KEPT_FOR)),
             joinable: JoinableAnswers::new(),
             request_timeout: parts.request_timeout,
+            slow_reader_timeout: parts.slow_reader_timeout,
             metrics: parts.metrics,
             probe: health::Probe::new(),
         }
@@ -143,7 +147,8 @@ impl Service {
         let continues = options.continue_final_message;
         let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &options);
         let prompt = self.with_prompter(encode, "messages").await?;
-        let requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
+        let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
+        self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
         let identity = Identity::new("chatcmpl", &self.card);
         Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
@@ -163,7 +168,8 @@ impl Service {
         let fit = |prompt: &prompting::TextPrompt| {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
-        let requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
+        let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
+        self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
         let identity = Identity::new("cmpl", &self.card);
         Ok(TextAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation, prompts, echo))
@@ -223,7 +229,8 @@ impl Service {
             priority: settings.priority,
             client: caller.client,
             constraint,
-            deadline: caller.arrival + self.request_timeout,
+            prediction: Arc::new([]),
+            deadline: Some(caller.arrival + self.request_timeout),
             arrival: caller.arrival,
         })
     }
@@ -238,8 +245,11 @@ impl Service {
         caller: Caller,
     ) -> Result<Generation, ServiceError> {
         let num_choices = requests.len() * settings.num_choices as usize;
-        let info =
-            |request: &GenerationRequest| PromptInfo { tokens: request.prompt.as_slice().into(), cached_tokens: 0 };
+        let info = |request: &GenerationRequest| PromptInfo {
+            tokens: request.prompt.as_slice().into(),
+            cached_tokens: 0,
+            prediction: Arc::clone(&request.prediction),
+        };
         let prompts: Vec<_> = requests.iter().map(info).collect();
         let stage = |index: usize| {
             let prompt = &prompts[index / settings.num_choices as usize].tokens;
@@ -268,18 +278,21 @@ impl Service {
         let recorder = key
             .filter(|_| cached.is_none())
             .map(|key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices));
-        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, live);
+        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, live, self.slow_reader_timeout);
         let choices = stages.into_iter().zip(sources).collect();
-        Ok(Generation::new(prompts, choices, meter, recorder, self.on_match()))
+        let deadline = caller.arrival + self.request_timeout;
+        Ok(Generation::new(prompts, choices, deadline, meter, recorder, self.on_match()))
     }
 
-    /// Reads along when the same answer is under way, and `true`; else starts it.
+    /// Reads along when the same answer is under way, and `true`; else starts it. The sequence has no deadline of its own then:
+    /// it lives until the last of its readers has left, each at its own.
     fn join_or_submit(
         &self,
         key: CacheKey,
         places: Vec<SubmitPermit>,
-        requests: Vec<GenerationRequest>,
+        mut requests: Vec<GenerationRequest>,
     ) -> Result<(Vec<Source>, bool), ServiceError> {
+        requests.iter_mut().for_each(|request| request.deadline = None);
         let start =
             || self.submit(places, requests).map(|streams| streams.into_iter().map(SharedStream::new).collect());
         let (streams, joined) = self.joinable.join_or_start(key, start)?;

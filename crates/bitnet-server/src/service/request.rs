@@ -91,6 +91,8 @@ pub struct Settings {
     pub priority: i64,
     /// What the output must look like.
     pub rule: Option<RequestRule>,
+    /// A guess of the output.
+    pub prediction: Option<String>,
 }
 
 /// `max_tokens`, and whether the caller insists on it.
@@ -198,6 +200,7 @@ impl Settings {
             cache_prompt: params.cache_prompt.unwrap_or(true),
             priority: params.priority.unwrap_or(0),
             rule: params.output.map(rule),
+            prediction: params.prediction,
         })
     }
 }

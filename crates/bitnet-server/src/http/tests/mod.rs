@@ -19,6 +19,7 @@ use bitnet_core::{
 };
 use http_body_util::BodyExt;
 use serde_json::Value;
+use tokio::sync::Mutex;
 use tower::ServiceExt;
 
 use super::{HttpState, router};
@@ -47,6 +48,7 @@ const CONTEXT: usize = 256;
 struct Fixture {
     router: Router,
     state: Arc<HttpState>,
+    hold: Arc<Mutex<()>>,
     _engine: Option<EngineThread>,
 }
 
@@ -63,7 +65,11 @@ struct Setup {
 }
 
 /// The engine's model: token `i` of every output is `script[i]`, then end of turn.
-struct Script(Vec<u32>);
+struct Script {
+    says: Vec<u32>,
+    /// Who holds it holds the engine.
+    hold: Arc<Mutex<()>>,
+}
 
 impl Executor for Script {
     fn vocab_size(&self) -> usize {
@@ -71,6 +77,7 @@ impl Executor for Script {
     }
 
     fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
+        drop(self.hold.blocking_lock());
         let compute = |share: &crate::engine::scheduler::Share<'_>| {
             let (sequence, mut output) = (share.sequence, StepOutput::default());
             if sequence.request.prompt.contains(&TokenId(POISON)) {
@@ -85,9 +92,9 @@ impl Executor for Script {
                 output.prompt_logprobs = scored.map(|_| logprobs.clone()).collect();
             }
             if end == sequence.tokens.len() && sequence.request.max_tokens > 0 {
-                let token = self.0.get(sequence.generated().len()).copied().unwrap_or(EOT);
+                let token = self.says.get(sequence.generated().len()).copied().unwrap_or(EOT);
                 let logprobs = sequence.request.logprobs.map(|_| logprobs);
-                output.token = Some(TokenEvent { token: TokenId(token), logprobs });
+                output.tokens.push(TokenEvent { token: TokenId(token), logprobs });
             }
             Ok(output)
         };
@@ -107,7 +114,7 @@ impl Setup {
         let limits = MetricsLimits { max_num_seqs: 4, max_queue: 8 };
         let metrics = Arc::new(Metrics::new("test", limits));
         let state = Arc::new(HttpState::new(&self.config, Lifecycle::new(), metrics));
-        Fixture { router: router(Arc::clone(&state)), state, _engine: None }
+        Fixture { router: router(Arc::clone(&state)), state, hold: Arc::default(), _engine: None }
     }
 
     /// A server that is ready.
@@ -124,9 +131,11 @@ impl Setup {
             num_kv_blocks: 64,
             kv_dtype: KvDtype::F32,
             prefix_sharing: PrefixSharing::PerClient,
+            speculation: config.speculation,
         };
         let metrics = Arc::clone(&fixture.state.metrics);
-        let (engine, thread) = Engine::start_with(Script(script), &engine_config, Arc::clone(&metrics)).unwrap();
+        let script = Script { says: script, hold: Arc::clone(&fixture.hold) };
+        let (engine, thread) = Engine::start_with(script, &engine_config, Arc::clone(&metrics)).unwrap();
         let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}assistant: ";
         let prompter = ChatPrompter::new(tokenizer, Some(template), Some(TokenId(BOS)), Some(TokenId(EOT))).unwrap();
         let service = Service::new(Parts {
@@ -153,6 +162,7 @@ impl Setup {
             filter: config.content_filter.as_ref().map(|rules| ContentFilter::new(rules).unwrap()),
             response_cache_bytes: 1 << 20,
             request_timeout: config.request_timeout,
+            slow_reader_timeout: config.slow_reader_timeout,
             metrics,
         });
         fixture.state.install(Arc::new(service));

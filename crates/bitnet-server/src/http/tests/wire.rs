@@ -1,5 +1,7 @@
 //! Shapes and orders that clients rely on.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -252,12 +254,41 @@ async fn the_response_cache_replays_and_renames() {
     let second = server.post("/v1/completions", body).await.json();
     assert_ne!(first["id"], second["id"]);
     assert_eq!(settled(first), settled(second));
+    let metrics = server.get("/metrics").await.text();
+    for (name, tokens) in [("prompt", 2 * 2), ("generation", 2 * 5)] {
+        let line = metrics.lines().find(|line| line.starts_with(&format!("bitnet_{name}_tokens_total"))).unwrap();
+        assert!(line.ends_with(&format!(" {tokens}")), "a hit counts like any answer: {line}");
+    }
     let hits = |text: String| {
         text.lines().find(|line| line.contains("lookups_total{") && line.contains("hit")).unwrap().to_owned()
     };
     assert!(hits(server.get("/metrics").await.text()).ends_with(" 1"));
     server.post("/v1/completions", r#"{"prompt":"q","temperature":0,"logprobs":2,"cache_prompt":false}"#).await;
     assert!(hits(server.get("/metrics").await.text()).ends_with(" 1"));
+}
+
+#[tokio::test]
+async fn whoever_joins_has_time_of_its_own() {
+    let mut setup = Setup::saying("joined");
+    setup.config.request_timeout = Duration::from_secs(2);
+    let server = setup.start();
+    let held = server.hold.lock().await;
+    let body = r#"{"prompt":"q","temperature":0}"#;
+    let first = async {
+        let reply = server.post("/v1/completions", body).await;
+        drop(held);
+        reply
+    };
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        server.post("/v1/completions", body).await
+    };
+    let (first, late) = tokio::join!(first, late);
+    assert_eq!((first.status, late.status), (StatusCode::INTERNAL_SERVER_ERROR, StatusCode::OK));
+    assert_eq!(late.json()["choices"][0]["text"], "joined");
+    let metrics = server.get("/metrics").await.text();
+    assert!(metrics.contains("lookups_total{result=\"hit\"} 1"), "it was one sequence: {metrics}");
+    assert!(metrics.contains("bitnet_cancel_duration_seconds_count 0"), "which nobody ended");
 }
 
 #[tokio::test]
@@ -272,4 +303,31 @@ async fn a_retry_joins_the_running_answer() {
     let metrics = server.get("/metrics").await.text();
     let steps = metrics.lines().find(|line| line.starts_with("bitnet_prefix_cache_queried_tokens_total")).unwrap();
     assert!(steps.ends_with(" 2"), "one prompt of two tokens reached the engine: {steps}");
+}
+
+#[tokio::test]
+async fn a_prediction_is_measured_and_changes_nothing() {
+    let server = Setup::saying("one two three four").start();
+    let body = |prediction: serde_json::Value| {
+        json!({"prompt": "q", "temperature": 0, "prediction": {"type": "content", "content": prediction}}).to_string()
+    };
+    let plain = server.post("/v1/completions", r#"{"prompt":"q","temperature":0,"max_tokens":64}"#).await.json();
+    for (prediction, accepted, rejected) in [
+        (json!("one two three four"), 18, 0),
+        // "one tw" is foreseen, "o " finds the place again, "three f" is foreseen, and the end is not.
+        (json!([{"type": "text", "text": "one twenty"}, {"type": "text", "text": "-o three f"}]), 13, 7),
+        (json!("<|eot_id|>"), 0, 10),
+        (json!(""), 0, 0),
+    ] {
+        let mut request: serde_json::Value = serde_json::from_str(&body(prediction.clone())).unwrap();
+        request["max_tokens"] = json!(64);
+        let answer = server.post("/v1/completions", request.to_string()).await.json();
+        assert_eq!(answer["choices"], plain["choices"]);
+        let details = &answer["usage"]["completion_tokens_details"];
+        let counts = (details["accepted_prediction_tokens"].clone(), details["rejected_prediction_tokens"].clone());
+        assert_eq!(counts, (json!(accepted), json!(rejected)), "{prediction}");
+        assert_eq!(answer["usage"]["completion_tokens"], plain["usage"]["completion_tokens"]);
+    }
+    let image = body(json!([{"type": "image_url", "image_url": "x"}]));
+    assert_eq!(server.post("/v1/completions", image).await.error()["param"], "prediction");
 }
