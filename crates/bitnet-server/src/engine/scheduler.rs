@@ -9,8 +9,8 @@
 //!    (its own order is priority, then arrival). Each takes over the blocks that hold its beginning already; choices of
 //!    one request wait until the first has computed their prompt. A client with nothing running may take one place more than
 //!    there are, so that it never waits for another's long answers; a health probe needs no place.
-//! 3. The budget goes to those that need one token, then to prompts, the least served client's first. Beside sequences that
-//!    generate, prompts get no more than the caller allows, so that a step stays short. What is left verifies guesses, which
+//! 3. The budget goes to those that need one token, then to prompts, the least served client's first. Prompts get no more than
+//!    the caller allows, so that a step stays short, the more so beside sequences that generate. What is left verifies guesses, which
 //!    never take a block from anybody.
 
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
@@ -36,6 +36,15 @@ pub struct SchedulerLimits {
     pub max_waiting: usize,
     /// Who finds whose prefixes.
     pub prefix_sharing: PrefixSharing,
+}
+
+/// Most tokens of prompts in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct PromptTokens {
+    /// Beside sequences that generate.
+    pub beside_others: usize,
+    /// When there are none.
+    pub alone: usize,
 }
 
 /// The sequences of the engine and the blocks they hold.
@@ -103,8 +112,8 @@ impl Scheduler {
         Some(sequence)
     }
 
-    /// Decides the next step; beside sequences that generate, at most `prompt_tokens` of prompts are in it.
-    pub fn schedule(&mut self, prompt_tokens: usize) -> ScheduledBatch<'_> {
+    /// Decides the next step.
+    pub fn schedule(&mut self, prompt_tokens: PromptTokens) -> ScheduledBatch<'_> {
         let preemptions_before = self.num_preemptions;
         let mut covered = 0;
         while covered < self.running.len() && self.cover_with_blocks(covered) {
@@ -237,7 +246,7 @@ impl Scheduler {
     }
 
     /// What each running sequence computes in this step, and what is left of the budget.
-    fn shared_budget(&self, prompt_tokens: usize) -> (Vec<usize>, usize) {
+    fn shared_budget(&self, prompt_tokens: PromptTokens) -> (Vec<usize>, usize) {
         let mut budget = self.limits.max_num_batched_tokens;
         let mut order: Vec<usize> = (0..self.running.len()).collect();
         let is_prompt = |sequence: &Sequence| sequence.num_tokens_to_compute() > 1;
@@ -246,13 +255,13 @@ impl Scheduler {
             (!sequence.is_probe, is_prompt(sequence), self.counters.served(sequence.request.client))
         });
         let mut num_tokens = vec![0; self.running.len()];
-        let mut generating = false;
+        let alone = self.running.iter().all(is_prompt);
+        let most_of_prompts = if alone { prompt_tokens.alone } else { prompt_tokens.beside_others };
         for index in order {
             let sequence = &self.running[index];
-            if is_prompt(sequence) && std::mem::take(&mut generating) {
-                budget = budget.min(prompt_tokens);
+            if is_prompt(sequence) {
+                budget = budget.min(most_of_prompts);
             }
-            generating |= !is_prompt(sequence);
             num_tokens[index] = sequence.num_tokens_to_compute().min(budget);
             budget -= num_tokens[index];
         }

@@ -22,10 +22,11 @@ const FRESH: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A probe that takes longer is slow.
 const PROMPT_ANSWER: Duration = Duration::from_secs(5);
-/// An engine with work and without a completed step for so long is stalled: no new requests.
-const STALLED_SECONDS: f64 = 30.0;
+/// An engine with work and without a completed step for so long is stalled: no new requests. Steps are planned to take two
+/// seconds at most.
+const STALLED_SECONDS: f64 = 8.0;
 /// ... and for so long: a restart is the cure.
-const DEAD_SECONDS: f64 = 60.0;
+const DEAD_SECONDS: f64 = 50.0;
 
 /// What `/health` says.
 #[derive(Clone, Debug, Serialize)]

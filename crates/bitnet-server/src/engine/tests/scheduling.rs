@@ -7,7 +7,7 @@ use bitnet_core::TokenId;
 use super::{
     super::{
         GenerationRequest,
-        scheduler::{Scheduler, SchedulerLimits},
+        scheduler::{PromptTokens, Scheduler, SchedulerLimits},
         sequence::{Sequence, SequenceId},
         testing::request,
     },
@@ -15,13 +15,19 @@ use super::{
 };
 use crate::config::{ClientId, PrefixSharing};
 
+const ANY: PromptTokens = PromptTokens { beside_others: usize::MAX, alone: usize::MAX };
+
+fn beside(prompt_tokens: usize) -> PromptTokens {
+    PromptTokens { beside_others: prompt_tokens, ..ANY }
+}
+
 /// Steps of a bare scheduler: `keep` says before each step what is submitted; tokens given to each of two clients come back.
 fn served(steps: usize, limits: SchedulerLimits, mut keep: impl FnMut(&mut Scheduler, usize)) -> [usize; 2] {
     let mut scheduler = Scheduler::new(limits);
     let mut served = [0; 2];
     for step in 0..steps {
         keep(&mut scheduler, step);
-        let shares = scheduler.schedule(usize::MAX).shares;
+        let shares = scheduler.schedule(ANY).shares;
         let shares: Vec<_> = shares.iter().map(|share| (share.sequence.id, share.num_tokens)).collect();
         for (id, num_tokens) in shares {
             let sequence = scheduler.running().iter().find(|sequence| sequence.id == id).expect("it runs");
@@ -97,12 +103,12 @@ fn priority_orders_the_own_requests_only() {
     let mut scheduler = Scheduler::new(limits(1));
     scheduler.add(sequence(1, client(0), 5, 4, 4));
     scheduler.add(sequence(2, client(0), -5, 4, 4));
-    assert_eq!(scheduler.schedule(64).shares[0].sequence.id, SequenceId(2));
+    assert_eq!(scheduler.schedule(beside(64)).shares[0].sequence.id, SequenceId(2));
     scheduler.add(sequence(3, client(0), -9, 4, 4));
     scheduler.add(sequence(4, client(1), 9, 4, 4));
     scheduler.advance(SequenceId(2), 4, &[TokenId(1)]);
     scheduler.remove(SequenceId(2));
-    let ids: Vec<_> = scheduler.schedule(64).shares.iter().map(|share| share.sequence.id).collect();
+    let ids: Vec<_> = scheduler.schedule(beside(64)).shares.iter().map(|share| share.sequence.id).collect();
     assert_eq!(ids, [SequenceId(4), SequenceId(3)], "a priority says nothing to others");
 }
 
@@ -110,13 +116,18 @@ fn priority_orders_the_own_requests_only() {
 fn prompts_beside_generating_sequences_are_cut_and_a_probe_waits_for_nobody() {
     let mut scheduler = Scheduler::new(SchedulerLimits { num_blocks: 5, ..limits(1) });
     scheduler.add(sequence(1, client(0), 0, 10, 30));
-    assert_eq!(scheduler.schedule(3).shares[0].num_tokens, 10, "alone, a prompt takes what it needs");
+    assert_eq!(
+        scheduler.schedule(PromptTokens { alone: 4, ..beside(3) }).shares[0].num_tokens,
+        4,
+        "a step stays short"
+    );
+    assert_eq!(scheduler.schedule(beside(3)).shares[0].num_tokens, 10, "alone, a prompt takes what it needs");
     scheduler.advance(SequenceId(1), 10, &[TokenId(1)]);
     scheduler.add(sequence(2, client(1), 0, 30, 30));
-    let shares: Vec<_> = scheduler.schedule(3).shares.iter().map(|share| share.num_tokens).collect();
+    let shares: Vec<_> = scheduler.schedule(beside(3)).shares.iter().map(|share| share.num_tokens).collect();
     assert_eq!(shares, [1, 3]);
     scheduler.add(Sequence { is_probe: true, ..sequence(3, client(2), 0, 1, 1) });
     scheduler.add(Sequence { is_probe: true, ..sequence(4, client(2), 0, 20, 1) });
-    let ids: Vec<_> = scheduler.schedule(3).shares.iter().map(|share| share.sequence.id).collect();
+    let ids: Vec<_> = scheduler.schedule(beside(3)).shares.iter().map(|share| share.sequence.id).collect();
     assert_eq!(ids[..2], [SequenceId(4), SequenceId(3)], "without places or blocks");
 }
