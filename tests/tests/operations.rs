@@ -250,7 +250,7 @@ fn serve(args: &[&str]) -> Server {
 
 #[tokio::test]
 async fn a_client_that_reads_nothing_is_cut_off() {
-    let server = serve(&["--slow-reader-timeout", "0.5", "--response-cache-mb", "0"]);
+    let server = serve(&["--slow-reader-timeout", "2", "--response-cache-mb", "0"]);
     let body = json!({
         "prompt": "much", "max_tokens": 3500, "ignore_eos": true, "n": 8, "logprobs": 20, "stream": true,
     })

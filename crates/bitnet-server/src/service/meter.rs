@@ -22,7 +22,7 @@ pub(super) struct Meter {
     first_token_seen: bool,
     finished: bool,
     last_read: LastRead,
-    /// Whoever did not read for so long was cut off for it.
+    /// A connection is cut off when nothing of it was read for so long.
     patience: Duration,
 }
 
@@ -117,7 +117,8 @@ impl Drop for Meter {
     fn drop(&mut self) {
         if !self.finished {
             let last_read = *self.last_read.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let stalled = last_read.elapsed() >= self.patience;
+            // The connection's buffer takes some more before nobody asks; whoever reads at all asks far more often.
+            let stalled = last_read.elapsed() >= self.patience / 2;
             let cause = if stalled { CancelCause::SlowReader } else { CancelCause::ClientDisconnect };
             self.metrics.record_cancelled(cause);
             self.end(FinishLabel::Cancelled);
