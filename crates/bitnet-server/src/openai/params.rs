@@ -131,7 +131,7 @@ fn check_prediction(fields: &mut Fields) -> Result<(), BodyError> {
     }
 }
 
-fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
+pub(super) fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
     const NAME: &str = "metadata";
     let metadata = fields.take::<IndexMap<String, String>>(NAME)?;
     let fits = |(key, value): (&String, &String)| key.chars().count() <= 64 && value.chars().count() <= 512;
