@@ -212,6 +212,16 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
         server.stop()
 
 
+def test_answers_that_find_no_room_end_the_batch_and_stay(start, tmp_path):
+    client = sdk(start("--data-dir", str(tmp_path), "--max-data-bytes", "6000"))
+    batch = run(client, [line(f"c{i}", chat(f"Q{i}")) for i in range(15)])
+    assert batch.status == "failed" and "--max-data-bytes" in batch.errors.data[0].message
+    answers = read(client, batch.output_file_id)
+    assert 0 < len(answers) == batch.request_counts.completed < 15
+    client.files.delete(batch.output_file_id)
+    assert run(client, [line("again", chat("x"))]).status == "completed"
+
+
 def test_interactive_requests_come_first(client):
     body = {**GREEDY, "max_tokens": 100, "ignore_eos": True}
     file = upload(client, [line(f"c{i}", {**body, "messages": [{"role": "user", "content": f"Many {i}"}]}) for i in range(200)])

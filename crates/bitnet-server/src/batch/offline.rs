@@ -1,6 +1,7 @@
 //! A batch without a server: lines of one file in, lines of another out. An output that is there already is continued.
 
 use std::{
+    cell::Cell,
     collections::HashSet,
     fs::File,
     io,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     config::ClientId,
-    openai::BatchError,
+    openai::{BatchError, InputLine},
     service::Service,
     storage::{LineFile, Outcome},
 };
@@ -80,24 +81,30 @@ pub async fn run_offline(
     let mut summary = OfflineSummary { total, skipped: 0, answered: 0, failed: 0 };
 
     let mut lines = Lines::new(open()?, max_line_bytes);
-    let mut wanted = Vec::new();
-    while let Some(line) = lines.next().map_err(unreadable)? {
-        let line = line.map_err(bad)?;
-        if done.contains(&line.custom_id) {
-            summary.skipped += 1;
-        } else {
-            wanted.push(line);
+    let skipped = Cell::new(0);
+    // Read as they are needed: the input may be larger than memory.
+    let unanswered = std::iter::from_fn(|| {
+        loop {
+            match lines.next().map_err(unreadable).transpose()? {
+                Ok(Ok(line)) if done.contains(&line.custom_id) => skipped.set(skipped.get() + 1),
+                Ok(line) => return Some(line.map_err(bad)),
+                Err(error) => return Some(Err(error)),
+            }
         }
-    }
-    progress(summary.skipped, total);
-    let answer = |line| async move { answered(service, &line, false, ClientId::local()).await };
-    let mut answers = stream::iter(wanted).map(answer).buffer_unordered(num_places);
+    });
+    let answer = |line: Result<InputLine, OfflineError>| async move {
+        answered(service, &line?, false, ClientId::local()).await.ok_or(OfflineError::EngineStopped)
+    };
+    let mut answers = stream::iter(unanswered).map(answer).buffer_unordered(num_places);
+    progress(0, total);
     while let Some(answer) = answers.next().await {
-        let (outcome, bytes) = answer.ok_or(OfflineError::EngineStopped)?;
+        let (outcome, bytes) = answer?;
         file.add(&bytes).map_err(unwritable)?;
         summary.answered += 1;
         summary.failed += u64::from(outcome == Outcome::Failed);
-        progress(summary.skipped + summary.answered, total);
+        progress(skipped.get() + summary.answered, total);
     }
+    drop(answers);
+    summary.skipped = skipped.get();
     Ok(summary)
 }

@@ -77,14 +77,7 @@ impl Run {
     async fn run(self) -> String {
         let id = self.batch.object.id.clone();
         if let Err(error) = self.to_the_end().await {
-            tracing::error!(batch = id, %error, "a batch failed");
-            let message = match error {
-                StorageError::Disk(_) | StorageError::Unusable(_) => {
-                    "The server could not store the answers.".to_owned()
-                }
-                told => told.to_string(),
-            };
-            self.fail(vec![BatchError { code: "storage".to_owned(), message, param: None, line: None }]).await;
+            self.fail(vec![not_stored(&id, &error)]).await;
         }
         id
     }
@@ -96,10 +89,13 @@ impl Run {
         let batch = self.batch.clone();
         let (answers, done) = on_disk(&self.storage, move |storage| storage.answers(&batch)).await?;
         let answers = Arc::new(Mutex::new(Some(answers)));
-        if self.answer_lines(done, &answers).await? == LinesEnd::Interrupted {
+        let end = self.answer_lines(done, &answers).await;
+        if end == Ok(LinesEnd::Interrupted) {
             return Ok(());
         }
         let id = self.batch.object.id.clone();
+        // What was answered before the room ran out is kept all the same.
+        let failure = end.err().map(|error| not_stored(&id, &error));
         on_disk(&self.storage, move |storage| {
             storage.change_batch(&id, |batch| {
                 if batch.status == BatchStatus::InProgress {
@@ -109,7 +105,10 @@ impl Run {
             })?;
             let answers = lock(&answers).take();
             let files = answers.map_or(Ok([None, None]), |answers| answers.finish(unix_seconds()))?;
-            storage.change_batch(&id, |batch| finished(batch, files))
+            storage.change_batch(&id, |batch| match failure {
+                Some(error) => failed(batch, vec![error], files),
+                None => finished(batch, files),
+            })
         })
         .await
     }
@@ -142,14 +141,12 @@ impl Run {
 
     async fn fail(&self, errors: Vec<BatchError>) {
         let id = self.batch.object.id.clone();
-        let failed = on_disk(&self.storage, move |storage| {
-            storage.change_batch(&id, |batch| {
-                batch.status = BatchStatus::Failed;
-                batch.failed_at = Some(unix_seconds());
-                batch.errors = Some(BatchErrors::new(errors));
-            })
+        let stored = on_disk(&self.storage, move |storage| {
+            let fail = |batch: &mut BatchObject| failed(batch, errors.clone(), [None, None]);
+            // Where not even that can be stored it is told all the same; the next start tries the batch again.
+            storage.change_batch(&id, fail).inspect_err(|_| storage.count(&id, fail))
         });
-        if let Err(error) = failed.await {
+        if let Err(error) = stored.await {
             tracing::error!(batch = self.batch.object.id, %error, "a batch's failure could not be stored");
         }
     }
@@ -226,6 +223,23 @@ impl LinesEnd {
     fn and(self, other: Self) -> Self {
         if self == Self::Done { other } else { self }
     }
+}
+
+/// What a client is told when `error` ends batch `id`.
+fn not_stored(id: &str, error: &StorageError) -> BatchError {
+    tracing::error!(batch = id, %error, "a batch failed");
+    let message = match error {
+        StorageError::Disk(_) | StorageError::Unusable(_) => "The server could not store the answers.".to_owned(),
+        told => told.to_string(),
+    };
+    BatchError { code: "storage".to_owned(), message, param: None, line: None }
+}
+
+fn failed(batch: &mut BatchObject, errors: Vec<BatchError>, [output, error]: [Option<String>; 2]) {
+    (batch.output_file_id, batch.error_file_id) = (output, error);
+    batch.status = BatchStatus::Failed;
+    batch.failed_at = Some(unix_seconds());
+    batch.errors = Some(BatchErrors::new(errors));
 }
 
 fn finished(batch: &mut BatchObject, [output, errors]: [Option<String>; 2]) {

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fs, sync::Arc};
 
-use super::{LineFile, Storage, StorageError, Stored};
+use super::{LineFile, Storage, StorageError, Stored, disk};
 use crate::openai::{BatchObject, FileObject, FilePurpose};
 
 /// Which of the two files.
@@ -42,6 +42,7 @@ impl Storage {
             Ok((id, file))
         };
         let files = [open(answered)?, open(failed)?];
+        disk::sync_folder(&self.root.join(disk::FILES)).map_err(|error| StorageError::io(&self.root, &error))?;
         let (batch, owner) = (batch.object.id.clone(), batch.owner.clone());
         let answers = Answers { storage: Arc::clone(self), batch, owner, files };
         answers.count();

@@ -196,6 +196,26 @@ async fn errors_name_the_field_as_written() {
 }
 
 #[tokio::test]
+async fn every_field_of_the_api_is_known() {
+    let mut setup = Setup::saying("ok");
+    setup.config.strict_params = true;
+    let server = setup.start();
+    let body = json!({
+        "model": "alias", "input": "x", "instructions": null, "max_output_tokens": 8, "temperature": 0, "top_p": 1,
+        "metadata": {}, "store": false, "background": false, "previous_response_id": null, "conversation": null,
+        "parallel_tool_calls": true, "tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}, "service_tier": "auto", "truncation": "auto",
+        "user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "top_logprobs": 0, "max_tool_calls": 3,
+        "stream": true, "stream_options": {"include_obfuscation": true},
+    });
+    let events = events(&server.respond(body).await);
+    let delta = events.iter().find(|event| event["type"] == "response.output_text.delta").unwrap();
+    assert!(!delta["obfuscation"].as_str().unwrap().is_empty());
+    let reply = server.respond(json!({"input": "x", "mystery": 1})).await;
+    assert_eq!(reply.error()["param"], "mystery");
+}
+
+#[tokio::test]
 async fn nothing_is_kept() {
     let server = Setup::saying("ok").start();
     let delete = Request::delete("/v1/responses/resp_1").body(Body::empty()).unwrap();
