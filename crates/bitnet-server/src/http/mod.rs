@@ -9,6 +9,7 @@ mod guard;
 mod health;
 mod models;
 mod observe;
+mod openapi;
 mod sse;
 mod state;
 mod stats;
@@ -46,6 +47,8 @@ pub fn router(state: Arc<HttpState>) -> Router {
         .route("/apply-template", post(tokens::apply_template))
         .route("/stats", get(stats::stats))
         .route("/stats/history", get(stats::history))
+        .route("/openapi.json", get(openapi::document))
+        .route("/docs", get(openapi::page))
         .merge(open_routes());
     layered(routes, state)
 }

@@ -1,5 +1,8 @@
 //! Tools: what may be called, what must be, and the calls as they are told.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -22,9 +25,10 @@ pub struct ToolRequest {
 }
 
 /// A function that may be called.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct FunctionDefinition {
     /// Its name.
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     pub name: String,
     /// The schema of its arguments.
     pub parameters: Option<Value>,
@@ -33,17 +37,20 @@ pub struct FunctionDefinition {
     pub index: usize,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Tool {
+    /// `function`.
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "function"))]
     kind: String,
+    #[schemars(required)]
     function: Option<FunctionDefinition>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "none, auto, required or a function")]
 enum Choice {
-    Mode(String),
+    Mode(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
     Named {
         #[serde(rename = "type")]
         kind: String,
@@ -51,7 +58,7 @@ enum Choice {
     },
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Named {
     name: String,
 }
@@ -102,6 +109,24 @@ impl ToolRequest {
     }
 }
 
+/// The three fields [`ToolRequest::take`] reads.
+impl JsonSchema for ToolRequest {
+    fn schema_name() -> Cow<'static, str> {
+        "ToolRequest".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let tool = generator.subschema_for::<Tool>();
+        let choice = generator.subschema_for::<Option<Choice>>();
+        let parallel = generator.subschema_for::<Option<bool>>();
+        json_schema!({"type": "object", "properties": {
+            TOOLS: {"type": ["array", "null"], "items": tool, "maxItems": MAX_TOOLS},
+            CHOICE: choice,
+            "parallel_tool_calls": parallel,
+        }})
+    }
+}
+
 fn function(index: usize, tool: Tool, before: &[FunctionDefinition]) -> Result<FunctionDefinition, BodyError> {
     let invalid = |what: String| BodyError::invalid(TOOLS, format!("'tools[{index}]{what}"));
     if tool.kind != "function" {
@@ -118,7 +143,7 @@ fn function(index: usize, tool: Tool, before: &[FunctionDefinition]) -> Result<F
 }
 
 /// News of one call in a stream: id, type and name once, then pieces of the arguments.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ToolCallDelta {
     /// 0, 1, ... within the choice.
     pub index: usize,
@@ -133,7 +158,7 @@ pub struct ToolCallDelta {
 }
 
 /// The function of a [`ToolCallDelta`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct FunctionDelta {
     /// Its name, in the first delta of a call: clients concatenate it.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,6 +1,8 @@
 //! The routes over a scripted engine: bytes in, bytes out, without a socket or a model.
 
 mod hostile;
+mod hostile_table;
+mod openapi;
 mod routes;
 mod wire;
 
