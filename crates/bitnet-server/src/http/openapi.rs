@@ -14,9 +14,10 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     openai::{
-        ApplyTemplateRequest, ChatChunk, ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest,
-        DetokenizeRequest, DetokenizeResponse, ErrorBody, ModelList, ModelObject, TemplateResponse, TokenizeRequest,
-        TokenizeResponse,
+        ApplyTemplateRequest, BatchObject, BatchRequest, ChatChunk, ChatCompletion, ChatCompletionRequest, Completion,
+        CompletionRequest, Deleted, DetokenizeRequest, DetokenizeResponse, EmbeddingRequest, ErrorBody, FileObject,
+        ModelList, ModelObject, Page, ResponseEvent, ResponseObject, ResponseRequest, TemplateResponse,
+        TokenizeRequest, TokenizeResponse,
     },
     service::{Health, ProbeReport},
 };
@@ -43,6 +44,8 @@ enum Answer {
     /// The same object whether all is well or not.
     Health(Describe),
     Text(&'static str),
+    /// There is none: every call is refused.
+    Refusal,
 }
 
 #[derive(PartialEq)]
@@ -128,20 +131,38 @@ impl Operation {
             operation["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});
         }
         let mut parameters = Vec::new();
-        if self.path.ends_with("{id}") {
+        if self.path.contains("{id}") {
             parameters.push(json!({"name": "id", "in": "path", "required": true, "schema": {"type": "string"}}));
         }
-        if self.path == HISTORY {
-            let since = json!({"type": "integer", "minimum": 0, "maximum": u64::MAX});
-            parameters.push(json!({
-                "name": "since", "in": "query", "schema": since,
-                "description": "Seconds since 1970; everything when absent.",
-            }));
+        for (name, schema, description) in self.queries() {
+            let parameter = json!({"name": name, "in": "query", "schema": schema, "description": description});
+            parameters.push(parameter);
         }
         if !parameters.is_empty() {
             operation["parameters"] = parameters.into();
         }
         operation
+    }
+
+    /// Name, schema and meaning of what may stand behind the `?`.
+    fn queries(&self) -> Vec<(&'static str, Value, &'static str)> {
+        let text = || json!({"type": "string"});
+        let page = |max: u64| {
+            vec![
+                ("limit", json!({"type": "integer", "minimum": 1, "maximum": max}), "Objects on a page."),
+                ("after", text(), "The object before the first one."),
+                ("order", json!({"enum": ["asc", "desc"]}), "By time."),
+            ]
+        };
+        match (self.method, self.path) {
+            ("get", HISTORY) => {
+                let since = json!({"type": "integer", "minimum": 0, "maximum": u64::MAX});
+                vec![("since", since, "Seconds since 1970; everything when absent.")]
+            }
+            ("get", FILES) => [page(10_000), vec![("purpose", text(), "Files for this only.")]].concat(),
+            ("get", BATCHES) => page(100),
+            _ => Vec::new(),
+        }
     }
 
     fn responses(&self, answers: &mut SchemaGenerator, error: &Schema) -> Value {
@@ -158,8 +179,12 @@ impl Operation {
                 content
             }
             Answer::Text(media_type) => json!({*media_type: {"schema": {"type": "string"}}}),
+            Answer::Refusal => Value::Null,
         };
-        let mut responses = json!({"200": {"description": "As asked.", "content": fine}});
+        let mut responses = match self.answer {
+            Answer::Refusal => json!({}),
+            _ => json!({"200": {"description": "As asked.", "content": fine}}),
+        };
         if matches!(self.answer, Answer::Health(_)) {
             responses["503"] = json!({"description": "Not now.", "content": fine});
         }
@@ -171,13 +196,14 @@ impl Operation {
 
     fn errors(&self) -> impl Iterator<Item = &(&'static str, &'static str)> {
         let with_body = self.request.is_some();
-        let with_id = self.path.ends_with("{id}");
+        let with_id = self.path.contains("{id}");
+        let stored = self.path.starts_with(FILES) || self.path.starts_with(BATCHES);
         ERRORS.iter().filter(move |(status, _)| match *status {
-            "400" => with_body || self.path == HISTORY,
-            "404" => with_body || with_id,
+            "400" => with_body || stored || self.path == HISTORY,
+            "404" => with_body || with_id || stored,
             "408" | "413" | "415" => with_body,
+            "500" => stored || self.access == Access::Model,
             "503" => self.access == Access::Model,
-            "500" => self.access == Access::Model,
             _ => self.access != Access::Open,
         })
     }
@@ -186,7 +212,7 @@ impl Operation {
 const ERRORS: &[(&str, &str)] = &[
     ("400", "The request is wrong; `param` names the field."),
     ("401", "A key is missing or wrong."),
-    ("404", "No such model."),
+    ("404", "No such model or object."),
     ("408", "The body did not arrive in time."),
     ("413", "The body is too large."),
     ("415", "The body is not JSON, or encoded."),
@@ -196,6 +222,17 @@ const ERRORS: &[(&str, &str)] = &[
 ];
 
 const HISTORY: &str = "/stats/history";
+const FILES: &str = "/v1/files";
+const BATCHES: &str = "/v1/batches";
+/// The one body that is a form.
+const UPLOAD: &str = "FileUpload";
+
+fn upload(_: &mut SchemaGenerator) -> Schema {
+    schemars::json_schema!({
+        "type": "object", "required": ["file", "purpose"],
+        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"}},
+    })
+}
 
 /// `T` as requests hold it: inside out, without a name.
 fn body<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
@@ -222,6 +259,11 @@ const fn post(path: &'static str, summary: &'static str, request: Body, answer: 
     Operation { method: "post", path, summary, request: Some(request), answer, access: Access::Model }
 }
 
+/// `operation` by another method.
+const fn with(method: &'static str, operation: Operation) -> Operation {
+    Operation { method, ..operation }
+}
+
 /// Every route, in the order of the page.
 const OPERATIONS: &[Operation] = &[
     post(
@@ -235,6 +277,39 @@ const OPERATIONS: &[Operation] = &[
         "Continues a text",
         ("CompletionRequest", body::<CompletionRequest>),
         Answer::JsonOrEvents(answer::<Completion>, answer::<Completion>),
+    ),
+    post(
+        "/v1/responses",
+        "Answers input items; keeps nothing",
+        ("ResponseRequest", body::<ResponseRequest>),
+        Answer::JsonOrEvents(answer::<ResponseObject>, answer::<ResponseEvent>),
+    ),
+    get("/v1/responses/{id}", "Always 404: nothing is kept", Answer::Refusal, Access::Keyed),
+    with("delete", get("/v1/responses/{id}", "Always 404: nothing is kept", Answer::Refusal, Access::Keyed)),
+    with("post", get("/v1/responses/{id}/cancel", "Always 404: nothing is kept", Answer::Refusal, Access::Keyed)),
+    get("/v1/responses/{id}/input_items", "Always 404: nothing is kept", Answer::Refusal, Access::Keyed),
+    post(
+        "/v1/embeddings",
+        "Refused: a chat model has no embeddings",
+        ("EmbeddingRequest", body::<EmbeddingRequest>),
+        Answer::Refusal,
+    ),
+    get(FILES, "The caller's files", Answer::Json(answer::<Page<FileObject>>), Access::Keyed),
+    post(FILES, "Stores a file", (UPLOAD, upload), Answer::Json(answer::<FileObject>)),
+    get("/v1/files/{id}", "One file", Answer::Json(answer::<FileObject>), Access::Keyed),
+    with("delete", get("/v1/files/{id}", "Deletes a file", Answer::Json(answer::<Deleted>), Access::Keyed)),
+    get("/v1/files/{id}/content", "What is in a file", Answer::Text("application/octet-stream"), Access::Keyed),
+    get(BATCHES, "The caller's batches", Answer::Json(answer::<Page<BatchObject>>), Access::Keyed),
+    post(
+        BATCHES,
+        "Answers the lines of a file",
+        ("BatchRequest", body::<BatchRequest>),
+        Answer::Json(answer::<BatchObject>),
+    ),
+    get("/v1/batches/{id}", "One batch", Answer::Json(answer::<BatchObject>), Access::Keyed),
+    with(
+        "post",
+        get("/v1/batches/{id}/cancel", "Ends a batch early", Answer::Json(answer::<BatchObject>), Access::Keyed),
     ),
     get("/v1/models", "The served models", Answer::Json(answer::<ModelList>), Access::Model),
     get("/v1/models/{id}", "One served model", Answer::Json(answer::<ModelObject>), Access::Model),

@@ -165,7 +165,7 @@ const TEMPLATE_VARIABLES: &[&str] =
     &["enable_thinking", "thinking", "reasoning_effort", "date_string", "tools_in_user_message"];
 
 impl PromptOptions {
-    fn take(fields: &mut Fields) -> Result<Self, BodyError> {
+    pub(super) fn take(fields: &mut Fields) -> Result<Self, BodyError> {
         const ADD: &str = "add_generation_prompt";
         const CONTINUE: &str = "continue_final_message";
         const VARIABLES: &str = "chat_template_kwargs";

@@ -24,6 +24,9 @@ pub struct CompletionRequest {
     /// Alternatives a token.
     #[schemars(range(max = 20))]
     pub logprobs: Option<u64>,
+    /// Choices to generate, of which the `n` best are told.
+    #[schemars(range(min = 1))]
+    pub best_of: Option<u64>,
     /// The shared parameters.
     #[schemars(flatten)]
     pub params: Params,
@@ -48,15 +51,13 @@ impl CompletionRequest {
         let prompt = fields.take_raw("prompt").ok_or_else(|| BodyError::missing("prompt"))?;
         let request = Self {
             model: fields.take("model")?,
-            prompt: Prompt::read(&prompt)?,
+            prompt: Prompt::read("prompt", &prompt)?,
             echo: fields.take("echo")?.unwrap_or(false),
             logprobs: fields.take("logprobs")?,
+            best_of: fields.take("best_of")?,
             params: Params::take(&mut fields)?,
         };
         fields.refuse("suffix", &[r#""""#])?;
-        if fields.take::<u64>("best_of")?.is_some_and(|best_of| best_of != request.params.n.unwrap_or(1)) {
-            return Err(BodyError::unsupported("best_of", "'best_of' is not supported unless it equals 'n'."));
-        }
         fields.finish(strict)?;
         Ok(request)
     }
@@ -77,23 +78,25 @@ impl Prompt {
     }
 
     /// The first two characters tell the form, so that a long list of ids is read once and into integers.
-    fn read(raw: &RawValue) -> Result<Self, BodyError> {
+    pub(super) fn read(name: &str, raw: &RawValue) -> Result<Self, BodyError> {
         let mut start = raw.get().bytes().filter(|byte| !byte.is_ascii_whitespace());
         match (start.next(), start.next()) {
-            (Some(b'"'), _) => Ok(Self::Texts(vec![read("prompt", raw)?])),
-            (Some(b'['), Some(b'[')) => Ok(Self::Tokens(read("prompt", raw)?)),
-            (Some(b'['), Some(b'"' | b']')) => Ok(Self::Texts(read("prompt", raw)?)),
-            (Some(b'['), Some(b'0'..=b'9' | b'-')) => Ok(Self::Tokens(vec![read("prompt", raw)?])),
+            (Some(b'"'), _) => Ok(Self::Texts(vec![read(name, raw)?])),
+            (Some(b'['), Some(b'[')) => Ok(Self::Tokens(read(name, raw)?)),
+            (Some(b'['), Some(b'"' | b']')) => Ok(Self::Texts(read(name, raw)?)),
+            (Some(b'['), Some(b'0'..=b'9' | b'-')) => Ok(Self::Tokens(vec![read(name, raw)?])),
             _ => Err(BodyError::invalid(
-                "prompt",
-                "'prompt' must be a string, an array of strings, an array of token ids or an array of such arrays.",
+                name,
+                format!(
+                    "'{name}' must be a string, an array of strings, an array of token ids or an array of such arrays."
+                ),
             )),
         }
     }
 }
 
 /// What [`Prompt::read`] takes.
-fn prompt_forms(generator: &mut SchemaGenerator) -> Schema {
+pub(super) fn prompt_forms(generator: &mut SchemaGenerator) -> Schema {
     let ids = generator.subschema_for::<Vec<u32>>();
     json_schema!({"anyOf": [
         {"type": "string"},

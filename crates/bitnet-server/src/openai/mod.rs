@@ -3,26 +3,42 @@
 //! First and last station of the data path: request bytes become [`ChatCompletionRequest`] or [`CompletionRequest`] here,
 //! and answers leave as the response types. Ranges, defaults and meaning are the service's; status codes are http's.
 
+mod batches;
 mod chat;
 mod completions;
+mod embeddings;
 mod error;
 mod fields;
+mod files;
 mod models;
 mod output;
 mod params;
+mod response_events;
+mod responses;
 mod tokens;
 mod tools;
 
+pub use batches::{
+    AnsweredLine, BatchEndpoint, BatchError, BatchErrors, BatchObject, BatchRequest, BatchStatus, InputLine,
+    LineResponse, OutputLine, RequestCounts,
+};
 pub use chat::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs, ChatTokenLogprob,
     Content, ContentPart, Delta, FunctionCall, Message, PromptOptions, ResponseMessage, Role, ToolCall, TopLogprob,
 };
 pub use completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
+pub use embeddings::EmbeddingRequest;
 pub use error::{ErrorBody, ErrorObject};
 pub use fields::{BodyError, BodyErrorKind};
+pub use files::{Deleted, FileObject, FilePurpose, Page, PageQuery};
 pub use models::{ModelList, ModelObject};
 pub use output::{OutputFormat, OutputKind};
 pub use params::{Params, Stop};
+pub use response_events::{
+    IncompleteDetails, InputTokensDetails, OutputItem, OutputText, OutputTokensDetails, PartPlace, ResponseError,
+    ResponseEvent, ResponseEventBody, ResponseObject, ResponseStatus, ResponseUsage,
+};
+pub use responses::{ResponseEcho, ResponseRequest, Truncation};
 pub use tokens::{
     ApplyTemplateRequest, DetokenizeRequest, DetokenizeResponse, TemplateResponse, TokenizeInput, TokenizeRequest,
     TokenizeResponse,

@@ -121,6 +121,37 @@ impl JsonSchema for OutputFormat {
     }
 }
 
+/// `text.format` of `/v1/responses`: a response format without an object around the schema.
+#[derive(Deserialize)]
+struct TextFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    name: Option<String>,
+    schema: Option<Value>,
+}
+
+impl OutputFormat {
+    /// Reads `format`, the value of `text.format`.
+    pub(super) fn of_text(format: &Value) -> Result<Option<Self>, BodyError> {
+        let invalid = |message: String| BodyError::invalid(TEXT, message);
+        let format: TextFormat = Deserialize::deserialize(format)
+            .map_err(|error| invalid(format!("Invalid value for 'text.format': {error}.")))?;
+        let with = |path, kind| Ok(Some(Self { param: TEXT, path, kind }));
+        match format.kind.as_str() {
+            "text" => Ok(None),
+            "json_object" => with("text.format", OutputKind::JsonObject),
+            "json_schema" if !format.name.as_deref().is_some_and(is_name) => {
+                Err(invalid(format!("'text.format.name' must be {NAME_RULE}.")))
+            }
+            "json_schema" => {
+                let schema = format.schema.ok_or_else(|| invalid("'text.format.schema' is required.".to_owned()))?;
+                with("text.format.schema", OutputKind::Schema(schema))
+            }
+            _ => Err(invalid("'text.format.type' must be text, json_object or json_schema.".to_owned())),
+        }
+    }
+}
+
 fn response_format(format: ResponseFormat) -> Result<Option<OutputFormat>, BodyError> {
     let with = |path, kind| Ok(Some(OutputFormat { param: RESPONSE_FORMAT, path, kind }));
     match (format.kind.as_str(), format.json_schema) {
@@ -156,4 +187,5 @@ pub(super) fn is_name(name: &str) -> bool {
 
 pub(super) const NAME_RULE: &str = "1 to 64 letters, digits, '_' or '-'";
 const RESPONSE_FORMAT: &str = "response_format";
+const TEXT: &str = "text";
 const STRUCTURED: &str = "structured_outputs";

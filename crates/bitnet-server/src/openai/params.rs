@@ -152,7 +152,7 @@ fn check_prediction(fields: &mut Fields) -> Result<(), BodyError> {
     }
 }
 
-fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
+pub(super) fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
     const NAME: &str = "metadata";
     let metadata = fields.take::<IndexMap<String, String>>(NAME)?;
     let fits = |(key, value): (&String, &String)| key.chars().count() <= 64 && value.chars().count() <= 512;
@@ -179,7 +179,7 @@ fn stop(schema: &mut Schema) {
     schema.insert("anyOf".to_owned(), json!([text, texts, {"type": "null"}]));
 }
 
-fn metadata_form(schema: &mut Schema) {
+pub(super) fn metadata_form(schema: &mut Schema) {
     schema.insert("type".to_owned(), json!(["object", "null"]));
     schema.insert("maxProperties".to_owned(), 16.into());
     schema.insert("propertyNames".to_owned(), json!({"maxLength": 64}));

@@ -4,6 +4,45 @@ use serde_json::json;
 
 use super::{hostile_table::*, *};
 
+/// Routes of files and batches on a server without a directory for them.
+#[tokio::test]
+async fn files_and_batches_are_off_without_a_directory() {
+    let server = Setup::saying("x").start();
+    for path in
+        ["/v1/files", "/v1/files/file-1", "/v1/files/..%2f..%2fetc/content", "/v1/batches", "/v1/batches/batch_1"]
+    {
+        let reply = server.get(path).await;
+        assert_eq!(reply.status, StatusCode::NOT_FOUND, "{path}");
+        assert!(reply.error()["message"].as_str().unwrap().contains("--data-dir"), "{path}");
+    }
+    for path in ["/v1/files", "/v1/batches", "/v1/batches/batch_1/cancel"] {
+        assert_eq!(server.post(path, "{}").await.status, StatusCode::NOT_FOUND, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_chat_model_has_no_embeddings() {
+    let server = Setup::saying("x").start();
+    let cases = [
+        (r#"{"input":"x"}"#, "model", INVALID),
+        (r#"{"input":["x","y"],"encoding_format":"base64","user":"u"}"#, "model", INVALID),
+        (r#"{"input":[[1,2],[3]]}"#, "model", INVALID),
+        (r#"{"input":"x","dimensions":4}"#, "dimensions", UNSUPPORTED),
+        (r#"{"input":"x","encoding_format":"hex"}"#, "encoding_format", INVALID),
+        (r#"{"input":[]}"#, "input", INVALID),
+        (r#"{"input":{}}"#, "input", INVALID),
+        (r#"{}"#, "input", "missing_required_parameter"),
+    ];
+    for (body, param, code) in cases {
+        let reply = server.post("/v1/embeddings", body).await;
+        assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{body}");
+        let error = reply.error();
+        assert_eq!((error["param"].as_str(), error["code"].as_str()), (Some(param), Some(code)), "{body}");
+    }
+    let reply = server.post("/v1/embeddings", r#"{"model":"other","input":"x"}"#).await;
+    assert_eq!((reply.status, reply.error()["code"].as_str()), (StatusCode::NOT_FOUND, Some("model_not_found")));
+}
+
 async fn refused(server: &Fixture, path: &str, body: &str, param: Option<&str>, code: Option<&str>) {
     let reply = server.post(path, body.to_owned()).await;
     assert_eq!(reply.status, StatusCode::BAD_REQUEST, "{body} -> {}", reply.text());

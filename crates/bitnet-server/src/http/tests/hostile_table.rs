@@ -130,7 +130,10 @@ pub(crate) const TEXT_FIELDS: &[(&str, &str, &str)] = &[
     (r#""logprobs":true"#, "logprobs", INVALID),
     (r#""max_tokens":5000"#, "prompt", CONTEXT_LENGTH),
     (r#""suffix":"x""#, "suffix", UNSUPPORTED),
-    (r#""best_of":2"#, "best_of", UNSUPPORTED),
+    (r#""best_of":0"#, "best_of", INVALID),
+    (r#""best_of":9"#, "best_of", INVALID),
+    (r#""n":3,"best_of":2"#, "best_of", INVALID),
+    (r#""best_of":2,"stream":true"#, "best_of", INVALID),
     (r#""echo":"x""#, "echo", INVALID),
 ];
 

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::openai::{
-    ApplyTemplateRequest, BodyError, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest,
+    ApplyTemplateRequest, BatchRequest, BodyError, ChatCompletionRequest, CompletionRequest, DetokenizeRequest,
+    EmbeddingRequest, ResponseRequest, TokenizeRequest,
 };
 
 async fn document() -> Value {
@@ -57,13 +58,20 @@ async fn every_route_is_described_and_nothing_else() {
 async fn described_fields_are_read() {
     let document = document().await;
     type Reader = fn(&[u8]) -> Result<(), BodyError>;
-    let readers: [(&str, Value, Reader); 5] = [
+    let readers: [(&str, Value, Reader); 8] = [
         ("ChatCompletionRequest", json!({"messages": []}), |body| {
             ChatCompletionRequest::from_json(body, true).map(drop)
         }),
         ("CompletionRequest", json!({"prompt": "x"}), |body| CompletionRequest::from_json(body, true).map(drop)),
         ("TokenizeRequest", json!({"prompt": "x"}), |body| TokenizeRequest::from_json(body, true).map(drop)),
         ("DetokenizeRequest", json!({"tokens": []}), |body| DetokenizeRequest::from_json(body, true).map(drop)),
+        ("ResponseRequest", json!({"input": "x"}), |body| ResponseRequest::from_json(body, true).map(drop)),
+        ("EmbeddingRequest", json!({"input": "x"}), |body| EmbeddingRequest::from_json(body, true).map(drop)),
+        (
+            "BatchRequest",
+            json!({"input_file_id": "f", "endpoint": "/v1/completions", "completion_window": "24h"}),
+            |body| BatchRequest::from_json(body, true).map(drop),
+        ),
         ("ApplyTemplateRequest", json!({"messages": []}), |body| ApplyTemplateRequest::from_json(body, true).map(drop)),
     ];
     for (name, body, read) in readers {
