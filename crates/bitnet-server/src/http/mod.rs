@@ -13,6 +13,7 @@ mod heartbeat;
 mod lines;
 mod models;
 mod observe;
+mod openapi;
 mod sse;
 mod state;
 mod stats;
@@ -64,6 +65,8 @@ pub fn router(state: Arc<HttpState>) -> Router {
         .route("/apply-template", post(tokens::apply_template))
         .route("/stats", get(stats::stats))
         .route("/stats/history", get(stats::history))
+        .route("/openapi.json", get(openapi::document))
+        .route("/docs", get(openapi::page))
         .merge(open_routes());
     layered(routes, state)
 }

@@ -1,27 +1,30 @@
 //! `/v1/batches`: a batch as it is told, and the lines of its files.
 
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde_json::{Value, json, value::RawValue};
 
 use super::{
     fields::{BodyError, Fields},
-    params::metadata,
+    params::{metadata, metadata_form},
 };
 
 /// `POST /v1/batches`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(transform = window)]
 pub struct BatchRequest {
     /// The uploaded lines.
     pub input_file_id: String,
     /// Where they go.
     pub endpoint: BatchEndpoint,
     /// What the caller notes down.
+    #[schemars(with = "Option<Value>", transform = metadata_form)]
     pub metadata: Option<IndexMap<String, String>>,
 }
 
 /// Where the lines of a batch go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum BatchEndpoint {
     /// Chat.
     #[serde(rename = "/v1/chat/completions")]
@@ -59,11 +62,19 @@ impl BatchRequest {
     }
 }
 
+/// `completion_window` is checked and not kept.
+fn window(schema: &mut Schema) {
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        fields.insert("completion_window".to_owned(), json!({"const": COMPLETION_WINDOW}));
+    }
+    schema.insert("required".to_owned(), json!(["input_file_id", "endpoint", "completion_window"]));
+}
+
 /// The only window there is; a batch of this server takes the time it takes.
 const COMPLETION_WINDOW: &str = "24h";
 
 /// A batch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BatchObject {
     /// `batch_...`.
     pub id: String,
@@ -148,7 +159,7 @@ impl BatchObject {
 }
 
 /// How far a batch is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BatchStatus {
     /// Its lines are being looked at.
@@ -175,7 +186,7 @@ impl BatchStatus {
 }
 
 /// Lines of a batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RequestCounts {
     /// All.
     pub total: u64,
@@ -186,7 +197,7 @@ pub struct RequestCounts {
 }
 
 /// `errors` of a batch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BatchErrors {
     /// Always `list`.
     #[serde(skip_deserializing, default = "list")]
@@ -207,7 +218,7 @@ impl BatchErrors {
 }
 
 /// What is wrong with a line, or with the batch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BatchError {
     /// A word for programs.
     pub code: String,

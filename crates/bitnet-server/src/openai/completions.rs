@@ -1,6 +1,7 @@
 //! `/v1/completions`: request and answer. Streamed and whole answers have the same shape.
 
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
@@ -10,19 +11,24 @@ use super::{
 };
 
 /// A request as sent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
 pub struct CompletionRequest {
     /// The model's name.
     pub model: Option<String>,
     /// What to continue.
+    #[schemars(schema_with = "prompt_forms")]
     pub prompt: Prompt,
     /// Put the prompt before the completion.
+    #[schemars(with = "Option<bool>")]
     pub echo: bool,
     /// Alternatives a token.
+    #[schemars(range(max = 20))]
     pub logprobs: Option<u64>,
     /// Choices to generate, of which the `n` best are told.
+    #[schemars(range(min = 1))]
     pub best_of: Option<u64>,
     /// The shared parameters.
+    #[schemars(flatten)]
     pub params: Params,
 }
 
@@ -89,12 +95,24 @@ impl Prompt {
     }
 }
 
+/// What [`Prompt::read`] takes.
+pub(super) fn prompt_forms(generator: &mut SchemaGenerator) -> Schema {
+    let ids = generator.subschema_for::<Vec<u32>>();
+    json_schema!({"anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": ids, "minItems": 1},
+    ]})
+}
+
 /// The answer, or one event of its stream.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Completion {
     /// `cmpl-...`, the same throughout a stream.
     pub id: String,
     /// Always `text_completion`.
+    #[schemars(extend("const" = "text_completion"))]
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
@@ -110,7 +128,7 @@ pub struct Completion {
 }
 
 /// One choice.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct CompletionChoice {
     /// The text.
     pub text: String,
@@ -129,7 +147,7 @@ pub struct CompletionChoice {
 }
 
 /// Log-probabilities in the columns of the completions API.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct CompletionLogprobs {
     /// Each token's text.
     pub tokens: Vec<String>,

@@ -1,17 +1,30 @@
 //! `/v1/embeddings`: the request.
 
+use schemars::{JsonSchema, Schema};
+use serde_json::{Value, json};
+
 use super::{
     Prompt,
+    completions::prompt_forms,
     fields::{BodyError, Fields},
 };
 
 /// A request as sent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(transform = fields_not_kept)]
 pub struct EmbeddingRequest {
     /// The model's name.
     pub model: Option<String>,
     /// What to embed.
+    #[schemars(schema_with = "prompt_forms")]
     pub input: Prompt,
+}
+
+fn fields_not_kept(schema: &mut Schema) {
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        fields.insert("encoding_format".to_owned(), json!({"enum": ["float", "base64", null]}));
+        fields.insert("user".to_owned(), json!({"description": "Accepted; it changes nothing."}));
+    }
 }
 
 impl EmbeddingRequest {

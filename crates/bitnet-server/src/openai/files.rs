@@ -1,9 +1,10 @@
 //! `/v1/files`: a stored file as it is told, and pages of lists.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A stored file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FileObject {
     /// `file-...`.
     pub id: String,
@@ -39,7 +40,7 @@ impl FileObject {
 }
 
 /// What a file is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FilePurpose {
     /// Input of a batch.
@@ -49,7 +50,7 @@ pub enum FilePurpose {
 }
 
 /// The answer to a deletion.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Deleted {
     /// What is gone.
     pub id: String,
@@ -60,7 +61,7 @@ pub struct Deleted {
 }
 
 /// One page of a list, newest first unless asked otherwise.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Page<T> {
     /// Always `list`.
     pub object: &'static str,

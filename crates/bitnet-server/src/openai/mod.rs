@@ -45,10 +45,11 @@ pub use tokens::{
 };
 pub use tools::{FunctionDefinition, FunctionDelta, ToolCallDelta, ToolRequest};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// `finish_reason` on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// A stop token or a stop string.
@@ -62,7 +63,7 @@ pub enum FinishReason {
 }
 
 /// `usage`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     /// Tokens of all prompts, each counted once.
     pub prompt_tokens: usize,
@@ -77,14 +78,14 @@ pub struct Usage {
 }
 
 /// `usage.prompt_tokens_details`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct PromptTokensDetails {
     /// Tokens that came from the prefix cache.
     pub cached_tokens: usize,
 }
 
 /// `usage.completion_tokens_details`; this server has none of the special kinds yet, clients read the zeros.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct CompletionTokensDetails {
     /// Always 0.
     pub reasoning_tokens: usize,

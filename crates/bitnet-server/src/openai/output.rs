@@ -1,5 +1,8 @@
 //! What a caller may say about the form of the output: `response_format`, and the `guided_*` extensions of other servers.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -31,15 +34,17 @@ pub enum OutputKind {
     Grammar(String),
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct ResponseFormat {
     #[serde(rename = "type")]
+    #[schemars(extend("enum" = ["text", "json_object", "json_schema"]))]
     kind: String,
-    json_schema: Option<JsonSchema>,
+    json_schema: Option<NamedSchema>,
 }
 
-#[derive(Deserialize)]
-struct JsonSchema {
+#[derive(Deserialize, JsonSchema)]
+struct NamedSchema {
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     name: String,
     schema: Option<Value>,
     /// The schema is enforced either way.
@@ -49,7 +54,7 @@ struct JsonSchema {
     _description: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct StructuredOutputs {
     json: Option<Value>,
     regex: Option<String>,
@@ -95,6 +100,27 @@ impl OutputFormat {
     }
 }
 
+/// The fields [`OutputFormat::take`] reads.
+impl JsonSchema for OutputFormat {
+    fn schema_name() -> Cow<'static, str> {
+        "OutputFormat".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let form = generator.subschema_for::<Option<ResponseFormat>>();
+        let outputs = generator.subschema_for::<Option<StructuredOutputs>>();
+        let text = generator.subschema_for::<Option<String>>();
+        json_schema!({"type": "object", "properties": {
+            RESPONSE_FORMAT: form,
+            "guided_json": {"type": ["object", "boolean", "string", "null"]},
+            "guided_regex": text,
+            "guided_choice": {"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1},
+            "guided_grammar": text,
+            STRUCTURED: outputs,
+        }})
+    }
+}
+
 /// `text.format` of `/v1/responses`: a response format without an object around the schema.
 #[derive(Deserialize)]
 struct TextFormat {
@@ -131,7 +157,7 @@ fn response_format(format: ResponseFormat) -> Result<Option<OutputFormat>, BodyE
     match (format.kind.as_str(), format.json_schema) {
         ("text", _) => Ok(None),
         ("json_object", _) => with(RESPONSE_FORMAT, OutputKind::JsonObject),
-        ("json_schema", Some(JsonSchema { name, schema, .. })) => {
+        ("json_schema", Some(NamedSchema { name, schema, .. })) => {
             if !is_name(&name) {
                 return Err(BodyError::invalid(
                     RESPONSE_FORMAT,

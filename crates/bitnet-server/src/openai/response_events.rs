@@ -1,11 +1,12 @@
 //! `/v1/responses`: the answer, and the events of its stream.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{ChatTokenLogprob, ResponseEcho, Usage};
 
 /// The answer; in a stream, what is known of it so far.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ResponseObject {
     /// `resp_...`, the same throughout a stream.
     pub id: String,
@@ -45,7 +46,7 @@ pub struct ResponseObject {
 }
 
 /// How far a response or an item of it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ResponseStatus {
     /// More may follow.
@@ -59,7 +60,7 @@ pub enum ResponseStatus {
 }
 
 /// `error` of a failed response.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ResponseError {
     /// A word for programs.
     pub code: &'static str,
@@ -68,14 +69,14 @@ pub struct ResponseError {
 }
 
 /// `incomplete_details`.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub struct IncompleteDetails {
     /// `max_output_tokens` or `content_filter`.
     pub reason: &'static str,
 }
 
 /// One item of the output.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OutputItem {
     /// What the assistant says.
@@ -114,7 +115,7 @@ impl OutputItem {
 }
 
 /// A part of a message.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 #[serde(tag = "type", rename = "output_text")]
 pub struct OutputText {
     /// What is said.
@@ -126,7 +127,7 @@ pub struct OutputText {
 }
 
 /// `usage` by the names of this API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ResponseUsage {
     /// Tokens of the prompt.
     pub input_tokens: usize,
@@ -141,7 +142,7 @@ pub struct ResponseUsage {
 }
 
 /// `usage.input_tokens_details`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct InputTokensDetails {
     /// Tokens that came from the prefix cache.
     pub cached_tokens: usize,
@@ -150,7 +151,7 @@ pub struct InputTokensDetails {
 }
 
 /// `usage.output_tokens_details`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct OutputTokensDetails {
     /// Always 0.
     pub reasoning_tokens: usize,
@@ -170,7 +171,7 @@ impl From<Usage> for ResponseUsage {
 }
 
 /// One event of a stream.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ResponseEvent {
     /// What it is.
     #[serde(rename = "type")]
@@ -183,7 +184,7 @@ pub struct ResponseEvent {
 }
 
 /// What an event says, by its kind.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ResponseEventBody {
     /// The response as it is now.
@@ -255,7 +256,7 @@ pub enum ResponseEventBody {
 }
 
 /// Where a part of a message is.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct PartPlace {
     /// The message.
     pub item_id: String,

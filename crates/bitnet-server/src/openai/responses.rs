@@ -1,7 +1,10 @@
 //! `/v1/responses`: the request. Its items become the messages of a chat request, so that there is one way to an answer;
 //! what else it says comes back with the answer.
 
+use std::borrow::Cow;
+
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json, value::RawValue};
 
@@ -9,6 +12,7 @@ use super::{
     ChatCompletionRequest, Content, ContentPart, FunctionCall, Message, OutputFormat, Params, PromptOptions, Role,
     ToolCall, ToolRequest,
     fields::{BodyError, Fields, read},
+    tools::flat_tool,
 };
 
 /// A request as sent.
@@ -21,7 +25,7 @@ pub struct ResponseRequest {
 }
 
 /// What an answer repeats of its request, defaults filled in.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ResponseEcho {
     /// What stands before the input.
     pub instructions: Option<String>,
@@ -48,7 +52,7 @@ pub struct ResponseEcho {
 }
 
 /// What becomes of input that does not fit the context.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Truncation {
     /// An error.
@@ -132,6 +136,41 @@ impl ResponseRequest {
     }
 }
 
+/// The fields of chat, less what this API calls otherwise or lacks, and its own.
+impl JsonSchema for ResponseRequest {
+    fn schema_name() -> Cow<'static, str> {
+        "ResponseRequest".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = ChatCompletionRequest::json_schema(generator);
+        let item = generator.subschema_for::<Item>();
+        let truncation = generator.subschema_for::<Option<Truncation>>();
+        let tool = flat_tool(generator);
+        let text = json!({"type": ["string", "null"]});
+        let object = json!({"type": ["object", "null"]});
+        let own = json_schema!({
+            "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": item, "minItems": 1}]},
+            "instructions": text,
+            "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+            "include": {"type": ["array", "null"], "items": {"enum": [&[LOGPROBS][..], NEVER_INCLUDED].concat()}},
+            "reasoning": object,
+            "text": object,
+            "tools": {"type": ["array", "null"], "items": tool},
+            "truncation": truncation,
+        });
+        if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+            for name in ["messages", "max_completion_tokens", "logprobs", "response_format", "n"] {
+                fields.remove(name);
+            }
+            fields.extend(own.as_object().cloned().unwrap_or_default());
+            fields["tool_choice"] = json!({"type": ["string", "object", "null"]});
+        }
+        schema.insert("required".to_owned(), json!([INPUT]));
+        schema
+    }
+}
+
 /// Whether `include` asks for log-probabilities.
 fn included_logprobs(fields: &mut Fields) -> Result<bool, BodyError> {
     let names: Vec<String> = fields.take("include")?.unwrap_or_default();
@@ -157,7 +196,7 @@ fn set_output(params: &mut Params, text: &mut Value) -> Result<(), BodyError> {
 }
 
 /// One item of `input`, of whatever kind.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Item {
     #[serde(rename = "type")]
     kind: Option<String>,

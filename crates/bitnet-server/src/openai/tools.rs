@@ -1,5 +1,8 @@
 //! Tools: what may be called, what must be, and the calls as they are told.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -22,9 +25,10 @@ pub struct ToolRequest {
 }
 
 /// A function that may be called.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct FunctionDefinition {
     /// Its name.
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     pub name: String,
     /// The schema of its arguments.
     pub parameters: Option<Value>,
@@ -33,17 +37,20 @@ pub struct FunctionDefinition {
     pub path: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Tool {
+    /// `function`.
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "function"))]
     kind: String,
+    #[schemars(required)]
     function: Option<FunctionDefinition>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "none, auto, required or a function")]
 enum Choice {
-    Mode(String),
+    Mode(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
     Named {
         #[serde(rename = "type")]
         kind: String,
@@ -52,7 +59,7 @@ enum Choice {
     },
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Named {
     name: String,
 }
@@ -124,6 +131,34 @@ impl ToolRequest {
     }
 }
 
+/// A tool of `/v1/responses`: its function without an object around it.
+pub(super) fn flat_tool(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = FunctionDefinition::json_schema(generator);
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        fields.insert("type".to_owned(), json!({"const": "function"}));
+    }
+    schema.insert("required".to_owned(), json!(["type", "name"]));
+    schema
+}
+
+/// The three fields [`ToolRequest::take`] reads.
+impl JsonSchema for ToolRequest {
+    fn schema_name() -> Cow<'static, str> {
+        "ToolRequest".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let tool = generator.subschema_for::<Tool>();
+        let choice = generator.subschema_for::<Option<Choice>>();
+        let parallel = generator.subschema_for::<Option<bool>>();
+        json_schema!({"type": "object", "properties": {
+            TOOLS: {"type": ["array", "null"], "items": tool, "maxItems": MAX_TOOLS},
+            CHOICE: choice,
+            "parallel_tool_calls": parallel,
+        }})
+    }
+}
+
 fn function(
     path: &str,
     inside: &str,
@@ -145,7 +180,7 @@ fn function(
 }
 
 /// News of one call in a stream: id, type and name once, then pieces of the arguments.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ToolCallDelta {
     /// 0, 1, ... within the choice.
     pub index: usize,
@@ -160,7 +195,7 @@ pub struct ToolCallDelta {
 }
 
 /// The function of a [`ToolCallDelta`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct FunctionDelta {
     /// Its name, in the first delta of a call: clients concatenate it.
     #[serde(skip_serializing_if = "Option::is_none")]

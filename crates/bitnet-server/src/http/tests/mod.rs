@@ -2,6 +2,8 @@
 
 mod files;
 mod hostile;
+mod hostile_table;
+mod openapi;
 mod responses;
 mod routes;
 mod wire;
