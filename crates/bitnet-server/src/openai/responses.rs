@@ -147,13 +147,14 @@ impl JsonSchema for ResponseRequest {
         let item = generator.subschema_for::<Item>();
         let truncation = generator.subschema_for::<Option<Truncation>>();
         let tool = flat_tool(generator);
+        let includes = [&[LOGPROBS][..], NEVER_INCLUDED].concat();
         let text = json!({"type": ["string", "null"]});
         let object = json!({"type": ["object", "null"]});
         let own = json_schema!({
             "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": item, "minItems": 1}]},
             "instructions": text,
             "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
-            "include": {"type": ["array", "null"], "items": {"enum": [&[LOGPROBS][..], NEVER_INCLUDED].concat()}},
+            "include": {"type": ["array", "null"], "items": {"enum": includes}},
             "reasoning": object,
             "text": object,
             "tools": {"type": ["array", "null"], "items": tool},
