@@ -111,6 +111,18 @@ def test_completions_echo_with_logprobs(client):
     assert len(more.choices[0].logprobs.tokens) == answer.usage.prompt_tokens + more.usage.completion_tokens
 
 
+def test_best_of(client):
+    body = {"model": "p1_packed", "prompt": ["One", "Two"], "seed": 5, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
+    every = client.completions.create(n=4, logprobs=0, **body)
+    mean = lambda choice: sum(choice.logprobs.token_logprobs) / len(choice.logprobs.tokens)
+    best = client.completions.create(n=2, best_of=4, **body)
+    for prompt in range(2):
+        expected = sorted(every.choices[4 * prompt : 4 * prompt + 4], key=mean, reverse=True)[:2]
+        assert [c.text for c in best.choices[2 * prompt : 2 * prompt + 2]] == [c.text for c in expected]
+    assert [c.index for c in best.choices] == [0, 1, 2, 3] and best.choices[0].logprobs is None
+    assert best.usage.completion_tokens == every.usage.completion_tokens == 48
+
+
 def test_completion_stream(client):
     whole = client.completions.create(prompt="Hello", **GREEDY)
     chunks = list(client.completions.create(prompt="Hello", stream=True, **GREEDY))

@@ -78,6 +78,9 @@ def test_the_stream_has_the_exact_shape(client):
         body = {"tool_choice": "required", "seed": seed, "n": 2}
         whole = create(client, **body)
         chunks = list(create(client, stream=True, **body))
+        for chunk in chunks:
+            indices = [call.index for choice in chunk.choices for call in choice.delta.tool_calls or []]
+            assert len(indices) == len(set(indices)), "clients take two deltas of one index in a chunk for two calls"
         for index in range(2):
             deltas = [c.choices[0].delta for c in chunks if c.choices and c.choices[0].index == index]
             calls = [call for delta in deltas for call in delta.tool_calls or []]

@@ -20,6 +20,8 @@ fn a_missing_model_is_66() {
     for command in ["serve", "inspect", "run"] {
         assert_one_line(&bitnet(&[command, "-m", "/no/such/model.gguf"]), 66, "/no/such/model.gguf");
     }
+    let batch = ["batch", "-m", "/no/such/model.gguf", "-i", "/dev/null", "-o", "/no/such/out"];
+    assert_one_line(&bitnet(&batch), 66, "/dev/null");
 }
 
 #[test]
@@ -48,6 +50,8 @@ fn a_wrong_configuration_is_78() {
         (&["--api-key-file", "/no/such/keys"], "/no/such/keys"),
         (&["--max-num-seqs", "0"], "max-num-seqs"),
         (&["--memory-limit", "1MB"], "memory"),
+        (&["--data-dir", "/proc/no/such"], "--data-dir"),
+        (&["--max-file-bytes", "many"], "max-file-bytes"),
     ] {
         let args = [&["serve", "--port", "0", "-m", &model], args].concat();
         assert_one_line(&bitnet(&args), 78, word);

@@ -25,7 +25,7 @@ const CRATES: [&str; 3] = ["bitnet-core", "bitnet-server", "bitnet-cli"];
 
 /// bitnet-server: module -> modules it may name. Siblings of a layer never meet.
 const L0: &[&str] = &["config", "openai", "metrics"];
-const L1: &[&str] = &["limits", "filter", "prompt", "output", "response_cache", "grammar", "engine"];
+const L1: &[&str] = &["limits", "filter", "prompt", "output", "response_cache", "grammar", "storage", "engine"];
 
 #[test]
 fn imports_of_bitnet_core_point_one_way() {
@@ -46,6 +46,7 @@ fn imports_of_bitnet_server_point_down() {
     allowed.insert("load", [L0, L1, &["service"]].concat());
     allowed.insert("http", [L0, L1, &["service"]].concat());
     allowed.insert("shutdown", vec!["engine", "service"]);
+    allowed.insert("batch", [L0, &["storage", "service", "http"]].concat());
     check("crates/bitnet-server/src", &allowed, &[]);
 }
 

@@ -17,9 +17,14 @@ impl Failure {
         Self::new(64, message)
     }
 
-    /// 65: a model file is broken or of a kind that cannot be served.
+    /// 65: a file (of a model, of requests) is broken or of a kind that cannot be served.
     pub(crate) fn model(message: impl fmt::Display) -> Self {
         Self::new(65, message)
+    }
+
+    /// 66: a file is not there.
+    pub(crate) fn not_found(message: impl fmt::Display) -> Self {
+        Self::new(66, message)
     }
 
     /// 70: the engine died.
@@ -48,7 +53,7 @@ impl Failure {
 impl From<LoadError> for Failure {
     fn from(error: LoadError) -> Self {
         match error {
-            LoadError::NotFound { .. } => Self::new(66, error),
+            LoadError::NotFound { .. } => Self::not_found(error),
             other => Self::model(other),
         }
     }

@@ -1,5 +1,6 @@
 //! The one binary, `bitnet`: flags in, library calls out.
 
+mod batch;
 mod bench;
 mod exit;
 mod inspect;
@@ -29,6 +30,8 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Generates text on the terminal: once with -p, else as a chat
     Run(run::RunArgs),
+    /// Answers the requests of a JSONL file into another one
+    Batch(batch::BatchArgs),
     /// Measures how fast a model runs here
     Bench(bench::BenchArgs),
     /// Shows what a model file holds
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         None => serve::serve(cli.serve),
         Some(Command::Serve(args)) => serve::serve(*args),
         Some(Command::Run(args)) => run::run(args),
+        Some(Command::Batch(args)) => batch::batch(args),
         Some(Command::Bench(args)) => bench::bench(args),
         Some(Command::Inspect(args)) => inspect::inspect(&args),
     };

@@ -130,7 +130,9 @@ impl From<ServeError> for Failure {
         match error {
             ServeError::Load(failure) => failure.into(),
             ServeError::EngineDied(_) => Self::engine(error),
-            ServeError::Filter(_) | ServeError::Bind { .. } | ServeError::Start(_) => Self::configuration(error),
+            ServeError::Filter(_) | ServeError::Bind { .. } | ServeError::Data(_) | ServeError::Start(_) => {
+                Self::configuration(error)
+            }
         }
     }
 }

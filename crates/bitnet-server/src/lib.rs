@@ -1,8 +1,10 @@
 //! The serving library: HTTP request in, OpenAI-shaped answer out, over one engine thread.
 //!
 //! Layers, imports point down only: L0 `config`, `openai`, `metrics`; L1 `limits`, `filter`, `prompt`, `output`,
-//! `response_cache`, `grammar`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file, `load` and `shutdown`.
+//! `response_cache`, `grammar`, `storage`, `engine` (siblings never meet); L2 `service`; L3 `http`; L4 this file, `batch`, `load` and
+//! `shutdown`.
 
+pub mod batch;
 pub mod config;
 pub mod engine;
 pub mod filter;
@@ -17,6 +19,7 @@ pub mod prompt;
 pub mod response_cache;
 pub mod service;
 mod shutdown;
+pub mod storage;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -35,6 +38,7 @@ use load::{BUILT_IN_MODEL_NAME, LoadFailure, LoadedModel, default_model_name, st
 use metrics::{Metrics, MetricsLimits};
 use service::{Lifecycle, ModelCard, ModelNames, Service, unix_seconds};
 use shutdown::Signals;
+use storage::{Storage, StorageError, StorageLimits};
 
 /// A server that listens and has not begun.
 #[derive(Debug)]
@@ -71,6 +75,9 @@ pub enum ServeError {
         /// The operating system's word.
         source: io::Error,
     },
+    /// `--data-dir` cannot be used.
+    #[error("--data-dir: {0}")]
+    Data(#[from] StorageError),
     /// Signals cannot be listened for, or a thread cannot be started.
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
@@ -101,7 +108,11 @@ impl App {
             Some(port) => Some(bind(SocketAddr::new(config.host, port)).await?),
             None => None,
         };
-        let state = Arc::new(HttpState::new(&config, Lifecycle::new(), metrics));
+        let storage = config.data.as_ref().map(|data| {
+            let limits = StorageLimits { max_file_bytes: data.max_file_bytes, max_total_bytes: data.max_total_bytes };
+            Storage::open(&data.dir, limits).map(Arc::new)
+        });
+        let state = Arc::new(HttpState::new(&config, Lifecycle::new(), metrics).with_storage(storage.transpose()?));
         Ok(Self { config, filter, state, listener, metrics_listener })
     }
 
@@ -135,11 +146,21 @@ impl App {
         let housekeeping = tokio::spawn(housekeeping(Arc::clone(&self.state)));
 
         let drain_timeout = self.config.drain_timeout;
+        // Of the places that sequences have, few are for batches: somebody may come at any time.
+        let batch_places = (self.config.max_num_seqs / 4).max(1);
         let loading = load_on_thread(loader, self.config, self.filter, Arc::clone(metrics))?;
-        let announce = |model| on_ready(&Serving { address, metrics_address, model });
+        let mut background = JoinSet::new();
+        let announce = |service: &Arc<Service>| {
+            on_ready(&Serving { address, metrics_address, model: service.card().clone() });
+            if let Some(storage) = self.state.storage() {
+                let (state, storage) = (Arc::clone(&self.state), Arc::clone(storage));
+                background.spawn(batch::work_off(state, storage, Arc::clone(service), batch_places));
+            }
+        };
         let result = live(&self.state, loading, &mut signals, drain_timeout, announce).await;
 
         housekeeping.abort();
+        background.shutdown().await;
         close.send_replace(true);
         // A second signal must not wait for a connection that does not close.
         let _ = tokio::time::timeout(CLOSING, async { while servers.join_next().await.is_some() {} }).await;
@@ -156,7 +177,7 @@ async fn live(
     loading: Loading,
     signals: &mut Signals,
     drain_timeout: Duration,
-    announce: impl FnOnce(ModelCard),
+    announce: impl FnOnce(&Arc<Service>),
 ) -> Result<(), ServeError> {
     let loaded = tokio::select! {
         loaded = loading => loaded,
@@ -167,7 +188,7 @@ async fn live(
     let service = Arc::new(service);
     let engine = service.engine().clone();
     state.install(Arc::clone(&service));
-    announce(service.card().clone());
+    announce(&service);
 
     let end = tokio::select! {
         () = signals.next() => None,

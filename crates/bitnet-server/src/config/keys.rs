@@ -31,6 +31,16 @@ impl ClientId {
         Self::from_address(IpAddr::V4(Ipv4Addr::LOCALHOST))
     }
 
+    /// All of it in hexadecimal digits, for records that outlive the process.
+    pub fn to_hex(self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Who works off in the background what the client of `hex` handed in.
+    pub fn background(hex: &str) -> Self {
+        Self::digest(b"background", hex.as_bytes())
+    }
+
     /// The bytes, for salts.
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.0

@@ -15,7 +15,7 @@ pub use filter_rules::{Direction, FilterAction, FilterRule, FilterRules, MatchKi
 pub use keys::{ClientId, KeySet};
 pub use memory::{MemoryPlan, MemoryRequest, detected_memory_limit, memory_plan};
 pub use raw::RawConfig;
-pub use resolve::{LogFormat, PrefixSharing, SamplingDefaults, ServerConfig, Speculation};
+pub use resolve::{DataSettings, LogFormat, PrefixSharing, SamplingDefaults, ServerConfig, Speculation};
 
 /// Why the configuration was refused. Every variant is exit code 78 and one line that names the setting and the value.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

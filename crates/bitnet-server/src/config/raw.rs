@@ -83,6 +83,19 @@ pub struct RawConfig {
     #[serde(deserialize_with = "text_or_number")]
     #[serde(default)]
     pub max_body_bytes: Option<String>,
+    /// Directory for the files and batches of clients; without it there are none [default: none]
+    #[arg(long, env = "BITNET_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Largest uploaded file [default: 100MiB]
+    #[arg(long, env = "BITNET_MAX_FILE_BYTES", value_name = "SIZE")]
+    #[serde(deserialize_with = "text_or_number")]
+    #[serde(default)]
+    pub max_file_bytes: Option<String>,
+    /// All files of all clients together, answers of batches included [default: 4GiB]
+    #[arg(long, env = "BITNET_MAX_DATA_BYTES", value_name = "SIZE")]
+    #[serde(deserialize_with = "text_or_number")]
+    #[serde(default)]
+    pub max_data_bytes: Option<String>,
     /// Seconds a request may take from arrival to its last byte [default: 600]
     #[arg(long, env = "BITNET_REQUEST_TIMEOUT", value_name = "SECONDS")]
     pub request_timeout: Option<f64>,
@@ -241,6 +254,9 @@ overlay!(
     insecure,
     rate_limit_rpm,
     max_body_bytes,
+    data_dir,
+    max_file_bytes,
+    max_data_bytes,
     request_timeout,
     slow_reader_timeout,
     drain_timeout,

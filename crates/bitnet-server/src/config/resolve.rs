@@ -57,6 +57,8 @@ pub struct ServerConfig {
     pub rate_limit_rpm: Option<NonZeroU32>,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Files and batches; `None`: there are none.
+    pub data: Option<DataSettings>,
     /// Longest time from arrival to the last byte.
     pub request_timeout: Duration,
     /// Time after which a client that reads nothing of its answer is cut off.
@@ -79,6 +81,17 @@ pub struct ServerConfig {
     pub sampling: SamplingDefaults,
     /// Form of the log.
     pub log_format: LogFormat,
+}
+
+/// Where files and batches are stored, and how much.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataSettings {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Bytes of one uploaded file.
+    pub max_file_bytes: u64,
+    /// Bytes of all files.
+    pub max_total_bytes: u64,
 }
 
 /// The operator's sampling defaults; they win over the model's.
@@ -186,6 +199,7 @@ impl ServerConfig {
             api_keys,
             rate_limit_rpm: raw.rate_limit_rpm.map(parse_rate).transpose()?,
             max_body_bytes: parse_body_limit(raw.max_body_bytes)?,
+            data: data_settings(raw.data_dir, raw.max_file_bytes, raw.max_data_bytes)?,
             request_timeout,
             slow_reader_timeout: seconds("slow-reader-timeout", slow_reader_timeout, f64::MIN_POSITIVE)?
                 .min(request_timeout),
@@ -268,6 +282,18 @@ fn parse_body_limit(written: Option<String>) -> Result<usize, ConfigError> {
         .ok()
         .filter(|bytes| *bytes <= 1 << 30)
         .ok_or_else(|| invalid("max-body-bytes", &written, "must be 1GiB at most"))
+}
+
+fn data_settings(
+    dir: Option<PathBuf>,
+    max_file: Option<String>,
+    max_total: Option<String>,
+) -> Result<Option<DataSettings>, ConfigError> {
+    let size =
+        |setting, written: Option<String>, default| written.map_or(Ok(default), |text| parse_size(setting, &text));
+    let max_file_bytes = size("max-file-bytes", max_file, 100 << 20)?;
+    let max_total_bytes = size("max-data-bytes", max_total, 4 << 30)?;
+    Ok(dir.map(|dir| DataSettings { dir, max_file_bytes, max_total_bytes }))
 }
 
 /// A size: a whole number of bytes, or a number with B, KB/MB/GB/TB (powers of 1000) or KiB/MiB/GiB/TiB (of 1024;

@@ -10,6 +10,7 @@ use crate::{
     metrics::RejectReason,
     openai::{BodyError, ErrorBody, ErrorObject},
     service::ServiceError,
+    storage::StorageError,
 };
 
 /// An error on its way out.
@@ -108,6 +109,11 @@ impl ApiError {
         Self { reason, close: true, ..Self::invalid(StatusCode::PAYLOAD_TOO_LARGE, None, None, message) }
     }
 
+    /// There is no such thing.
+    pub(super) fn not_found(message: String) -> Self {
+        Self::invalid(StatusCode::NOT_FOUND, None, None, message)
+    }
+
     /// The body is not JSON by its own words, or encoded.
     pub(super) fn unsupported_media(message: impl Into<String>) -> Self {
         Self::invalid(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, None, message.into())
@@ -189,6 +195,7 @@ impl From<ServiceError> for ApiError {
             ServiceError::ModelNotFound { .. } => {
                 Self::invalid(StatusCode::NOT_FOUND, Some("model_not_found"), Some("model".to_owned()), message)
             }
+            ServiceError::NotFound(_) => Self::not_found(message),
             ServiceError::ContextLength { param, .. } => {
                 Self::invalid(bad_request, Some("context_length_exceeded"), Some(param.to_owned()), message)
             }
@@ -224,6 +231,27 @@ impl From<ServiceError> for ApiError {
 impl From<BodyError> for ApiError {
     fn from(error: BodyError) -> Self {
         ServiceError::from(error).into()
+    }
+}
+
+impl From<StorageError> for ApiError {
+    fn from(error: StorageError) -> Self {
+        let message = error.to_string();
+        match error {
+            StorageError::NoSuchFile(_) | StorageError::NoSuchBatch(_) => Self::not_found(message),
+            StorageError::Ended(_) | StorageError::InUse(_) | StorageError::Full(_) | StorageError::TooMany(..) => {
+                Self::invalid(StatusCode::BAD_REQUEST, Some("invalid_value"), None, message)
+            }
+            StorageError::TooLarge(_) => {
+                let reason = Some(RejectReason::TooLarge);
+                Self { reason, close: true, ..Self::invalid(StatusCode::PAYLOAD_TOO_LARGE, None, None, message) }
+            }
+            // Trying again at once finds the disk as full as before.
+            StorageError::NoSpace => {
+                Self { no_retry: true, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, None, message) }
+            }
+            StorageError::Unusable(_) | StorageError::Disk(_) => Self::internal(message),
+        }
     }
 }
 

@@ -43,9 +43,10 @@ pub(super) async fn guard(State(state): State<Arc<HttpState>>, mut request: Requ
     with_account(next.run(request).await, decision)
 }
 
-/// Probes and scrapers have no keys and no limits.
+/// Probes and scrapers have no keys and no limits, and the description of the API holds nothing of anybody's.
 fn is_open(path: &str) -> bool {
-    matches!(path, "/health" | "/livez" | "/readyz" | "/metrics") || path.starts_with("/health/")
+    matches!(path, "/health" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs")
+        || path.starts_with("/health/")
 }
 
 fn identify(state: &HttpState, request: &Request<Body>) -> Result<ClientId, ApiError> {

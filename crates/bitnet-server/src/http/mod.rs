@@ -1,14 +1,19 @@
 //! HTTP: routes, thin handlers, and what is around them. It turns service answers into responses and decides nothing
 //! about them; `error.rs` alone picks status codes.
 
+mod batches;
 mod body;
 mod connections;
 mod error;
+mod files;
 mod generate;
 mod guard;
 mod health;
+mod heartbeat;
+mod lines;
 mod models;
 mod observe;
+mod openapi;
 mod sse;
 mod state;
 mod stats;
@@ -18,12 +23,14 @@ mod tokens;
 
 pub use connections::serve_connections;
 pub use error::ApiError;
+pub use lines::{LineAnswer, answer_line};
 pub use state::HttpState;
 
 use std::sync::Arc;
 
 use axum::{
     Router,
+    extract::DefaultBodyLimit,
     http::StatusCode,
     middleware::from_fn_with_state,
     routing::{get, post},
@@ -34,6 +41,18 @@ pub fn router(state: Arc<HttpState>) -> Router {
     let api = Router::new()
         .route("/chat/completions", post(generate::chat))
         .route("/completions", post(generate::complete))
+        .route("/responses", post(generate::response))
+        .route("/responses/{id}", get(generate::past_response).delete(generate::past_response))
+        .route("/responses/{id}/cancel", post(generate::past_response))
+        .route("/responses/{id}/input_items", get(generate::past_response))
+        .route("/embeddings", post(generate::embed))
+        // An upload has its own limit, and is never held in memory.
+        .route("/files", get(files::list).post(files::upload).layer(DefaultBodyLimit::max(state.max_upload_bytes())))
+        .route("/files/{id}", get(files::one).delete(files::delete))
+        .route("/files/{id}/content", get(files::content))
+        .route("/batches", get(batches::list).post(batches::create))
+        .route("/batches/{id}", get(batches::one))
+        .route("/batches/{id}/cancel", post(batches::cancel))
         .route("/models", get(models::list))
         // The rest of the path is the id: names hold slashes, sent plain or as %2F.
         .route("/models/{*id}", get(models::one));
@@ -46,6 +65,8 @@ pub fn router(state: Arc<HttpState>) -> Router {
         .route("/apply-template", post(tokens::apply_template))
         .route("/stats", get(stats::stats))
         .route("/stats/history", get(stats::history))
+        .route("/openapi.json", get(openapi::document))
+        .route("/docs", get(openapi::page))
         .merge(open_routes());
     layered(routes, state)
 }

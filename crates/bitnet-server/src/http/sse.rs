@@ -30,9 +30,10 @@ pub(super) fn respond<A: Answer>(answer: A, request_id: RequestId) -> Response {
             let next = tokio::time::timeout(KEEP_ALIVE, answer.next()).await;
             Some(match next {
                 Err(_) => (Bytes::from_static(COMMENT), Some(answer)),
-                Ok(Ok(Some(chunks))) => (events(&chunks), Some(answer)),
-                Ok(Ok(None)) => (Bytes::from_static(DONE), None),
-                Ok(Err(error)) => (error_event(&error.into(), &request_id), None),
+                Ok(Ok(Some(chunks))) => (events::<A>(&chunks), Some(answer)),
+                Ok(Ok(None)) if A::ENDS_WITH_DONE => (Bytes::from_static(DONE), None),
+                Ok(Ok(None)) => return None,
+                Ok(Err(error)) => (failure(answer, &error.into(), &request_id), None),
             })
         }
     });
@@ -51,12 +52,25 @@ pub(super) fn respond<A: Answer>(answer: A, request_id: RequestId) -> Response {
         .into_response()
 }
 
-fn events<T: Serialize>(chunks: &[T]) -> Bytes {
+fn events<A: Answer>(chunks: &[A::Chunk]) -> Bytes {
     let mut frame = Vec::with_capacity(256 * chunks.len());
     for chunk in chunks {
+        if let Some(name) = A::event_name(chunk) {
+            frame.extend_from_slice(b"event: ");
+            frame.extend_from_slice(name.as_bytes());
+            frame.push(b'\n');
+        }
         event(&mut frame, chunk);
     }
     frame.into()
+}
+
+/// The end of a stream by `error`, in the words of its API.
+fn failure<A: Answer>(answer: A, error: &ApiError, request_id: &RequestId) -> Bytes {
+    match answer.failed(&error.body(&request_id.0).error) {
+        Some(chunk) => events::<A>(&[chunk]),
+        None => error_event(error, request_id),
+    }
 }
 
 fn error_event(error: &ApiError, request_id: &RequestId) -> Bytes {

@@ -8,6 +8,7 @@ use crate::{
     limits::{KeySet, RateLimiter},
     metrics::Metrics,
     service::{Lifecycle, Phase, Service, ServiceError},
+    storage::SharedStorage,
 };
 
 /// What all handlers share.
@@ -22,6 +23,7 @@ pub struct HttpState {
     pub(super) keys: KeySet,
     pub(super) max_body_bytes: usize,
     pub(super) strict_params: bool,
+    storage: Option<SharedStorage>,
     service: OnceLock<Arc<Service>>,
 }
 
@@ -35,8 +37,30 @@ impl HttpState {
             keys: config.api_keys.clone(),
             max_body_bytes: config.max_body_bytes,
             strict_params: config.strict_params,
+            storage: None,
             service: OnceLock::new(),
         }
+    }
+
+    /// The same, with files and batches.
+    #[must_use]
+    pub fn with_storage(self, storage: Option<SharedStorage>) -> Self {
+        Self { storage, ..self }
+    }
+
+    /// Files and batches, where there are any.
+    pub fn storage(&self) -> Option<&SharedStorage> {
+        self.storage.as_ref()
+    }
+
+    /// Largest body of a request, and line of a batch.
+    pub fn max_body_bytes(&self) -> usize {
+        self.max_body_bytes
+    }
+
+    /// Whether request fields that are not known are refused.
+    pub fn strict_params(&self) -> bool {
+        self.strict_params
     }
 
     /// The model is there: requests are served from now on.

@@ -1,8 +1,9 @@
 //! `/v1/chat/completions`: request, answer and stream.
 
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     FinishReason, Params, ToolCallDelta, ToolRequest, Usage,
@@ -10,26 +11,33 @@ use super::{
 };
 
 /// A request as sent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(transform = newer_name)]
 pub struct ChatCompletionRequest {
     /// The model's name.
     pub model: Option<String>,
     /// The conversation.
+    #[schemars(length(min = 1))]
     pub messages: Vec<Message>,
     /// Whether log-probabilities are wanted.
+    #[schemars(with = "Option<bool>")]
     pub logprobs: bool,
-    /// Alternatives a token.
+    /// Alternatives a token; needs `logprobs`.
+    #[schemars(range(max = 20))]
     pub top_logprobs: Option<u64>,
     /// Tools that may be called.
+    #[schemars(flatten)]
     pub tools: Option<ToolRequest>,
     /// How the prompt is put together.
+    #[schemars(flatten)]
     pub prompt: PromptOptions,
     /// The shared parameters.
+    #[schemars(flatten)]
     pub params: Params,
 }
 
 /// One message of the conversation.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct Message {
     /// Who speaks.
     pub role: Role,
@@ -44,7 +52,7 @@ pub struct Message {
 }
 
 /// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Instructions.
@@ -62,7 +70,7 @@ pub enum Role {
 }
 
 /// `content`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a string or an array of content parts")]
 pub enum Content {
     /// Plain text.
@@ -72,7 +80,7 @@ pub enum Content {
 }
 
 /// One part of a message's content.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct ContentPart {
     /// `text`, or a kind this server does not read.
     #[serde(rename = "type")]
@@ -82,7 +90,7 @@ pub struct ContentPart {
 }
 
 /// A call the assistant made earlier.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub struct ToolCall {
     /// Its id.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -99,7 +107,7 @@ fn function_kind() -> String {
 }
 
 /// The function of a [`ToolCall`].
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub struct FunctionCall {
     /// Its name.
     pub name: String,
@@ -138,13 +146,16 @@ impl ChatCompletionRequest {
 }
 
 /// How a conversation becomes a prompt.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, JsonSchema)]
 pub struct PromptOptions {
     /// Whether the prompt ends where the assistant begins to speak; by default it does, unless a message is continued.
+    #[schemars(with = "Option<bool>")]
     pub add_generation_prompt: bool,
     /// The output goes on from the last message.
+    #[schemars(with = "Option<bool>")]
     pub continue_final_message: bool,
     /// Variables of the chat template.
+    #[schemars(rename = "chat_template_kwargs", with = "Option<Value>", transform = template_variables)]
     pub template_variables: Map<String, Value>,
 }
 
@@ -154,7 +165,7 @@ const TEMPLATE_VARIABLES: &[&str] =
     &["enable_thinking", "thinking", "reasoning_effort", "date_string", "tools_in_user_message"];
 
 impl PromptOptions {
-    fn take(fields: &mut Fields) -> Result<Self, BodyError> {
+    pub(super) fn take(fields: &mut Fields) -> Result<Self, BodyError> {
         const ADD: &str = "add_generation_prompt";
         const CONTINUE: &str = "continue_final_message";
         const VARIABLES: &str = "chat_template_kwargs";
@@ -179,6 +190,25 @@ impl PromptOptions {
     }
 }
 
+/// `max_completion_tokens` is read in place of `max_tokens`, so the request has no field of that name.
+fn newer_name(schema: &mut Schema) {
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        let description = "Tokens to generate a choice at most; wins over `max_tokens`.";
+        let schema = json!({"type": ["integer", "null"], "minimum": 1, "description": description});
+        fields.insert("max_completion_tokens".to_owned(), schema);
+        fields["max_tokens"]["minimum"] = 1.into();
+    }
+}
+
+fn template_variables(schema: &mut Schema) {
+    let value = json!({"type": ["string", "number", "boolean", "null"], "maxLength": 256});
+    let variables: Map<String, Value> =
+        TEMPLATE_VARIABLES.iter().map(|name| ((*name).to_owned(), value.clone())).collect();
+    schema.insert("type".to_owned(), json!(["object", "null"]));
+    schema.insert("properties".to_owned(), variables.into());
+    schema.insert("additionalProperties".to_owned(), false.into());
+}
+
 /// Fields of chat alone that would change the answer in a way this server cannot, and the values at which they do not.
 const REFUSED: &[(&str, &[&str])] = &[
     ("chat_template", &[]),
@@ -190,11 +220,12 @@ const REFUSED: &[(&str, &[&str])] = &[
 ];
 
 /// The whole answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ChatCompletion {
     /// `chatcmpl-...`.
     pub id: String,
     /// Always `chat.completion`.
+    #[schemars(extend("const" = "chat.completion"))]
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
@@ -215,7 +246,7 @@ pub struct ChatCompletion {
 }
 
 /// One choice of a whole answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ChatChoice {
     /// 0..n.
     pub index: usize,
@@ -234,9 +265,10 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ResponseMessage {
     /// Always `assistant`.
+    #[schemars(extend("const" = "assistant"))]
     pub role: &'static str,
     /// The text; empty rather than null, unless there are calls.
     pub content: Option<String>,
@@ -248,7 +280,7 @@ pub struct ResponseMessage {
 }
 
 /// `logprobs` of a chat choice.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ChatLogprobs {
     /// One entry a generated token.
     pub content: Vec<ChatTokenLogprob>,
@@ -257,7 +289,7 @@ pub struct ChatLogprobs {
 }
 
 /// A generated token and its log-probability.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct ChatTokenLogprob {
     /// Its text; bytes that are no UTF-8 are U+FFFD here.
     pub token: String,
@@ -270,7 +302,7 @@ pub struct ChatTokenLogprob {
 }
 
 /// An alternative to a generated token.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct TopLogprob {
     /// Its text; bytes that are no UTF-8 are U+FFFD here.
     pub token: String,
@@ -281,11 +313,12 @@ pub struct TopLogprob {
 }
 
 /// One event of a stream.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ChatChunk {
     /// `chatcmpl-...`, the same throughout.
     pub id: String,
     /// Always `chat.completion.chunk`: clients assert it.
+    #[schemars(extend("const" = "chat.completion.chunk"))]
     pub object: &'static str,
     /// Seconds since 1970, the same throughout.
     pub created: u64,
@@ -307,7 +340,7 @@ pub struct ChatChunk {
 }
 
 /// The news of one choice.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ChatChunkChoice {
     /// 0..n.
     pub index: usize,
@@ -326,7 +359,7 @@ pub struct ChatChunkChoice {
 }
 
 /// `delta`: the role once, then text, then nothing.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub struct Delta {
     /// `assistant`, in the first chunk of a choice only: clients concatenate it.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,6 +1,7 @@
 //! `/v1/completions`: request and answer. Streamed and whole answers have the same shape.
 
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
@@ -10,17 +11,24 @@ use super::{
 };
 
 /// A request as sent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
 pub struct CompletionRequest {
     /// The model's name.
     pub model: Option<String>,
     /// What to continue.
+    #[schemars(schema_with = "prompt_forms")]
     pub prompt: Prompt,
     /// Put the prompt before the completion.
+    #[schemars(with = "Option<bool>")]
     pub echo: bool,
     /// Alternatives a token.
+    #[schemars(range(max = 20))]
     pub logprobs: Option<u64>,
+    /// Choices to generate, of which the `n` best are told.
+    #[schemars(range(min = 1))]
+    pub best_of: Option<u64>,
     /// The shared parameters.
+    #[schemars(flatten)]
     pub params: Params,
 }
 
@@ -43,15 +51,13 @@ impl CompletionRequest {
         let prompt = fields.take_raw("prompt").ok_or_else(|| BodyError::missing("prompt"))?;
         let request = Self {
             model: fields.take("model")?,
-            prompt: Prompt::read(&prompt)?,
+            prompt: Prompt::read("prompt", &prompt)?,
             echo: fields.take("echo")?.unwrap_or(false),
             logprobs: fields.take("logprobs")?,
+            best_of: fields.take("best_of")?,
             params: Params::take(&mut fields)?,
         };
         fields.refuse("suffix", &[r#""""#])?;
-        if fields.take::<u64>("best_of")?.is_some_and(|best_of| best_of != request.params.n.unwrap_or(1)) {
-            return Err(BodyError::unsupported("best_of", "'best_of' is not supported unless it equals 'n'."));
-        }
         fields.finish(strict)?;
         Ok(request)
     }
@@ -72,27 +78,41 @@ impl Prompt {
     }
 
     /// The first two characters tell the form, so that a long list of ids is read once and into integers.
-    fn read(raw: &RawValue) -> Result<Self, BodyError> {
+    pub(super) fn read(name: &str, raw: &RawValue) -> Result<Self, BodyError> {
         let mut start = raw.get().bytes().filter(|byte| !byte.is_ascii_whitespace());
         match (start.next(), start.next()) {
-            (Some(b'"'), _) => Ok(Self::Texts(vec![read("prompt", raw)?])),
-            (Some(b'['), Some(b'[')) => Ok(Self::Tokens(read("prompt", raw)?)),
-            (Some(b'['), Some(b'"' | b']')) => Ok(Self::Texts(read("prompt", raw)?)),
-            (Some(b'['), Some(b'0'..=b'9' | b'-')) => Ok(Self::Tokens(vec![read("prompt", raw)?])),
+            (Some(b'"'), _) => Ok(Self::Texts(vec![read(name, raw)?])),
+            (Some(b'['), Some(b'[')) => Ok(Self::Tokens(read(name, raw)?)),
+            (Some(b'['), Some(b'"' | b']')) => Ok(Self::Texts(read(name, raw)?)),
+            (Some(b'['), Some(b'0'..=b'9' | b'-')) => Ok(Self::Tokens(vec![read(name, raw)?])),
             _ => Err(BodyError::invalid(
-                "prompt",
-                "'prompt' must be a string, an array of strings, an array of token ids or an array of such arrays.",
+                name,
+                format!(
+                    "'{name}' must be a string, an array of strings, an array of token ids or an array of such arrays."
+                ),
             )),
         }
     }
 }
 
+/// What [`Prompt::read`] takes.
+pub(super) fn prompt_forms(generator: &mut SchemaGenerator) -> Schema {
+    let ids = generator.subschema_for::<Vec<u32>>();
+    json_schema!({"anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": ids, "minItems": 1},
+    ]})
+}
+
 /// The answer, or one event of its stream.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Completion {
     /// `cmpl-...`, the same throughout a stream.
     pub id: String,
     /// Always `text_completion`.
+    #[schemars(extend("const" = "text_completion"))]
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
@@ -108,7 +128,7 @@ pub struct Completion {
 }
 
 /// One choice.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct CompletionChoice {
     /// The text.
     pub text: String,
@@ -127,7 +147,7 @@ pub struct CompletionChoice {
 }
 
 /// Log-probabilities in the columns of the completions API.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct CompletionLogprobs {
     /// Each token's text.
     pub tokens: Vec<String>,

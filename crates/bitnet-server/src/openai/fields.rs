@@ -84,6 +84,11 @@ impl Fields {
         self.take_raw(name).map(|raw| read(name, &raw)).transpose()
     }
 
+    /// Reads field `name` and leaves it to be taken; absent and `null` are both `None`.
+    pub(super) fn peek<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, BodyError> {
+        self.0.get(name).filter(|raw| raw.get() != "null").map(|raw| read(name, raw)).transpose()
+    }
+
     /// Takes field `name`, which must be there.
     pub(super) fn require<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, BodyError> {
         self.take(name)?.ok_or_else(|| BodyError::missing(name))

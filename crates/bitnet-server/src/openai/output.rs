@@ -1,5 +1,8 @@
 //! What a caller may say about the form of the output: `response_format`, and the `guided_*` extensions of other servers.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -31,15 +34,17 @@ pub enum OutputKind {
     Grammar(String),
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct ResponseFormat {
     #[serde(rename = "type")]
+    #[schemars(extend("enum" = ["text", "json_object", "json_schema"]))]
     kind: String,
-    json_schema: Option<JsonSchema>,
+    json_schema: Option<NamedSchema>,
 }
 
-#[derive(Deserialize)]
-struct JsonSchema {
+#[derive(Deserialize, JsonSchema)]
+struct NamedSchema {
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     name: String,
     schema: Option<Value>,
     /// The schema is enforced either way.
@@ -49,7 +54,7 @@ struct JsonSchema {
     _description: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct StructuredOutputs {
     json: Option<Value>,
     regex: Option<String>,
@@ -95,12 +100,64 @@ impl OutputFormat {
     }
 }
 
+/// The fields [`OutputFormat::take`] reads.
+impl JsonSchema for OutputFormat {
+    fn schema_name() -> Cow<'static, str> {
+        "OutputFormat".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let form = generator.subschema_for::<Option<ResponseFormat>>();
+        let outputs = generator.subschema_for::<Option<StructuredOutputs>>();
+        let text = generator.subschema_for::<Option<String>>();
+        json_schema!({"type": "object", "properties": {
+            RESPONSE_FORMAT: form,
+            "guided_json": {"type": ["object", "boolean", "string", "null"]},
+            "guided_regex": text,
+            "guided_choice": {"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1},
+            "guided_grammar": text,
+            STRUCTURED: outputs,
+        }})
+    }
+}
+
+/// `text.format` of `/v1/responses`: a response format without an object around the schema.
+#[derive(Deserialize)]
+struct TextFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    name: Option<String>,
+    schema: Option<Value>,
+}
+
+impl OutputFormat {
+    /// Reads `format`, the value of `text.format`.
+    pub(super) fn of_text(format: &Value) -> Result<Option<Self>, BodyError> {
+        let invalid = |message: String| BodyError::invalid(TEXT, message);
+        let format: TextFormat = Deserialize::deserialize(format)
+            .map_err(|error| invalid(format!("Invalid value for 'text.format': {error}.")))?;
+        let with = |path, kind| Ok(Some(Self { param: TEXT, path, kind }));
+        match format.kind.as_str() {
+            "text" => Ok(None),
+            "json_object" => with("text.format", OutputKind::JsonObject),
+            "json_schema" if !format.name.as_deref().is_some_and(is_name) => {
+                Err(invalid(format!("'text.format.name' must be {NAME_RULE}.")))
+            }
+            "json_schema" => {
+                let schema = format.schema.ok_or_else(|| invalid("'text.format.schema' is required.".to_owned()))?;
+                with("text.format.schema", OutputKind::Schema(schema))
+            }
+            _ => Err(invalid("'text.format.type' must be text, json_object or json_schema.".to_owned())),
+        }
+    }
+}
+
 fn response_format(format: ResponseFormat) -> Result<Option<OutputFormat>, BodyError> {
     let with = |path, kind| Ok(Some(OutputFormat { param: RESPONSE_FORMAT, path, kind }));
     match (format.kind.as_str(), format.json_schema) {
         ("text", _) => Ok(None),
         ("json_object", _) => with(RESPONSE_FORMAT, OutputKind::JsonObject),
-        ("json_schema", Some(JsonSchema { name, schema, .. })) => {
+        ("json_schema", Some(NamedSchema { name, schema, .. })) => {
             if !is_name(&name) {
                 return Err(BodyError::invalid(
                     RESPONSE_FORMAT,
@@ -130,4 +187,5 @@ pub(super) fn is_name(name: &str) -> bool {
 
 pub(super) const NAME_RULE: &str = "1 to 64 letters, digits, '_' or '-'";
 const RESPONSE_FORMAT: &str = "response_format";
+const TEXT: &str = "text";
 const STRUCTURED: &str = "structured_outputs";

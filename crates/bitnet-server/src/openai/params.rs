@@ -1,7 +1,9 @@
 //! The parameters that chat and text completions share.
 
 use indexmap::IndexMap;
+use schemars::{JsonSchema, Schema};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::{
     Content, ContentPart, OutputFormat,
@@ -9,53 +11,72 @@ use super::{
 };
 
 /// Sampling, length and streaming parameters as sent; `None` is absent. Ranges are checked by the service.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, JsonSchema)]
+#[schemars(transform = fields_without_a_place)]
 pub struct Params {
     /// Tokens to generate a choice at most (`max_completion_tokens` where it is given).
     pub max_tokens: Option<u64>,
     /// The field `max_tokens` came from.
+    #[schemars(skip)]
     pub max_tokens_field: &'static str,
     /// Tokens before which no stop token is drawn.
     pub min_tokens: Option<u64>,
     /// 0 is greedy.
+    #[schemars(range(min = 0.0, max = 2.0))]
     pub temperature: Option<f64>,
     /// Nucleus.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub top_p: Option<f64>,
     /// 0 and -1 are off.
+    #[schemars(range(min = -1, max = 4_294_967_295_i64))]
     pub top_k: Option<i64>,
     /// Least probability relative to the best.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub min_p: Option<f64>,
     /// Penalty on tokens seen in the prompt or the output.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub repetition_penalty: Option<f64>,
     /// Penalty a generated occurrence.
+    #[schemars(range(min = -2.0, max = 2.0))]
     pub frequency_penalty: Option<f64>,
     /// Penalty on generated tokens.
+    #[schemars(range(min = -2.0, max = 2.0))]
     pub presence_penalty: Option<f64>,
     /// Token id (as JSON key) -> what is added to its logit.
+    #[schemars(with = "Option<Value>", transform = logit_bias)]
     pub logit_bias: IndexMap<String, f64>,
     /// Key of the sampling noise.
     pub seed: Option<i64>,
     /// Strings that end a choice.
+    #[schemars(with = "Option<Value>", transform = stop)]
     pub stop: Option<Stop>,
     /// Choices.
+    #[schemars(range(min = 1))]
     pub n: Option<u64>,
     /// Server-sent events instead of one object.
+    #[schemars(with = "Option<bool>")]
     pub stream: bool,
     /// A usage chunk at the end of the stream.
+    #[schemars(rename = "stream_options", with = "Option<StreamOptions>")]
     pub include_usage: bool,
     /// Random characters in each chunk of a stream, so that its size tells nothing.
+    #[schemars(skip)]
     pub include_obfuscation: bool,
     /// What the caller notes down with the request; it comes back with the answer.
+    #[schemars(with = "Option<Value>", transform = metadata_form)]
     pub metadata: Option<IndexMap<String, String>>,
     /// Generate on past the end-of-generation tokens.
+    #[schemars(with = "Option<bool>")]
     pub ignore_eos: bool,
     /// Add `token_ids` and `prompt_token_ids` to each choice.
+    #[schemars(with = "Option<bool>")]
     pub return_token_ids: bool,
     /// `false` keeps the request away from the caches.
     pub cache_prompt: Option<bool>,
     /// Orders the caller's own waiting requests, lower first.
     pub priority: Option<i64>,
     /// What the output must look like.
+    #[schemars(flatten)]
     pub output: Option<OutputFormat>,
     /// A guess of the output, which never changes it.
     pub prediction: Option<String>,
@@ -71,7 +92,7 @@ pub enum Stop {
     Many(Vec<String>),
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, JsonSchema)]
 struct StreamOptions {
     include_usage: Option<bool>,
     include_obfuscation: Option<bool>,
@@ -140,7 +161,7 @@ fn prediction(fields: &mut Fields) -> Result<Option<String>, BodyError> {
     }
 }
 
-fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
+pub(super) fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, BodyError> {
     const NAME: &str = "metadata";
     let metadata = fields.take::<IndexMap<String, String>>(NAME)?;
     let fits = |(key, value): (&String, &String)| key.chars().count() <= 64 && value.chars().count() <= 512;
@@ -150,6 +171,44 @@ fn metadata(fields: &mut Fields) -> Result<Option<IndexMap<String, String>>, Bod
             Err(BodyError::invalid(NAME, message))
         }
         _ => Ok(metadata),
+    }
+}
+
+fn logit_bias(schema: &mut Schema) {
+    let bias = json!({"type": "number", "minimum": -100, "maximum": 100});
+    schema.insert("type".to_owned(), json!(["object", "null"]));
+    schema.insert("maxProperties".to_owned(), 300.into());
+    schema.insert("patternProperties".to_owned(), json!({"^[0-9]+$": bias}));
+    schema.insert("additionalProperties".to_owned(), false.into());
+}
+
+fn stop(schema: &mut Schema) {
+    let text = json!({"type": "string", "minLength": 1, "maxLength": 256, "description": "At most 256 bytes."});
+    let texts = json!({"type": "array", "items": text, "maxItems": 4});
+    schema.insert("anyOf".to_owned(), json!([text, texts, {"type": "null"}]));
+}
+
+pub(super) fn metadata_form(schema: &mut Schema) {
+    schema.insert("type".to_owned(), json!(["object", "null"]));
+    schema.insert("maxProperties".to_owned(), 16.into());
+    schema.insert("propertyNames".to_owned(), json!({"maxLength": 64}));
+    schema.insert("additionalProperties".to_owned(), json!({"type": "string", "maxLength": 512}));
+}
+
+/// Fields that are read without a place in [`Params`].
+fn fields_without_a_place(schema: &mut Schema) {
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        let prediction = json!({
+            "type": ["object", "null"], "required": ["type", "content"],
+            "properties": {
+                "type": {"const": "content"},
+                "content": {"type": ["string", "array"], "items": {"type": "object", "required": ["type"]}},
+            },
+        });
+        fields.insert("prediction".to_owned(), prediction);
+        for name in ACCEPTED {
+            fields.entry(*name).or_insert_with(|| json!({"description": "Accepted; it does not change the tokens."}));
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! `/tokenize`, `/detokenize`, `/apply-template`, by vLLM's and by llama-server's field names.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Serialize;
 
 use super::{
@@ -36,18 +39,20 @@ pub enum TokenizeInput {
 }
 
 /// `POST /apply-template`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
 pub struct ApplyTemplateRequest {
     /// The model's name.
     pub model: Option<String>,
     /// The conversation.
+    #[schemars(length(min = 1))]
     pub messages: Vec<Message>,
     /// End with the opening of the assistant's turn.
+    #[schemars(with = "Option<bool>")]
     pub add_generation_prompt: bool,
 }
 
 /// `POST /detokenize`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, JsonSchema)]
 pub struct DetokenizeRequest {
     /// The model's name.
     pub model: Option<String>,
@@ -76,6 +81,28 @@ impl TokenizeRequest {
         };
         fields.finish(strict)?;
         Ok(Self { model, input })
+    }
+}
+
+/// Both forms, by both servers' names.
+impl JsonSchema for TokenizeRequest {
+    fn schema_name() -> Cow<'static, str> {
+        "TokenizeRequest".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let text = generator.subschema_for::<Option<String>>();
+        let flag = generator.subschema_for::<Option<bool>>();
+        let message = generator.subschema_for::<Message>();
+        json_schema!({
+            "type": "object",
+            "properties": {
+                "model": text, "prompt": text, "content": text,
+                "add_special_tokens": flag, "add_special": flag, "add_generation_prompt": flag,
+                "messages": {"type": ["array", "null"], "items": message, "minItems": 1},
+            },
+            "anyOf": [{"required": ["prompt"]}, {"required": ["content"]}, {"required": ["messages"]}],
+        })
     }
 }
 
@@ -110,7 +137,7 @@ impl DetokenizeRequest {
 }
 
 /// The answer of `/tokenize`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct TokenizeResponse {
     /// The ids.
     pub tokens: Vec<u32>,
@@ -121,7 +148,7 @@ pub struct TokenizeResponse {
 }
 
 /// The answer of `/detokenize`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct DetokenizeResponse {
     /// The text.
     pub prompt: String,
@@ -130,7 +157,7 @@ pub struct DetokenizeResponse {
 }
 
 /// The answer of `/apply-template`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct TemplateResponse {
     /// The conversation as the model reads it.
     pub prompt: String,

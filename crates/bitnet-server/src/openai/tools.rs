@@ -1,7 +1,10 @@
 //! Tools: what may be called, what must be, and the calls as they are told.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use super::{
     fields::{BodyError, Fields},
@@ -22,36 +25,41 @@ pub struct ToolRequest {
 }
 
 /// A function that may be called.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct FunctionDefinition {
     /// Its name.
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     pub name: String,
     /// The schema of its arguments.
     pub parameters: Option<Value>,
-    /// Its place in `tools`.
+    /// Where in the request its parameters are.
     #[serde(skip)]
-    pub index: usize,
+    pub path: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Tool {
+    /// `function`.
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "function"))]
     kind: String,
+    #[schemars(required)]
     function: Option<FunctionDefinition>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "none, auto, required or a function")]
 enum Choice {
-    Mode(String),
+    Mode(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
     Named {
         #[serde(rename = "type")]
         kind: String,
         function: Option<Named>,
+        name: Option<String>,
     },
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 struct Named {
     name: String,
 }
@@ -62,7 +70,25 @@ const MAX_TOOLS: usize = 128;
 impl ToolRequest {
     /// Takes the fields; `None`: no call can be made.
     pub(super) fn take(fields: &mut Fields) -> Result<Option<Self>, BodyError> {
-        let listed: Value = fields.take("tools")?.unwrap_or_default();
+        let listed = fields.take(TOOLS)?.unwrap_or_default();
+        Self::read(fields, listed, "function.")
+    }
+
+    /// [`ToolRequest::take`] for `/v1/responses`, where `tools` are written without an object around the function.
+    pub(super) fn take_flat(fields: &mut Fields, tools: &[Map<String, Value>]) -> Result<Option<Self>, BodyError> {
+        let nested = |tool: &Map<String, Value>| {
+            let mut function = tool.clone();
+            match function.shift_remove("type") {
+                Some(kind) if kind == "function" => json!({"type": kind, "function": function}),
+                kind => json!({ "type": kind.unwrap_or_default() }),
+            }
+        };
+        let listed = if tools.is_empty() { Value::Null } else { tools.iter().map(nested).collect() };
+        Self::read(fields, listed, "")
+    }
+
+    /// `inside`: the way from a tool to its function, as written.
+    fn read(fields: &mut Fields, listed: Value, inside: &str) -> Result<Option<Self>, BodyError> {
         let tools: Vec<Tool> = match &listed {
             Value::Null => Vec::new(),
             list => Deserialize::deserialize(list)
@@ -75,7 +101,7 @@ impl ToolRequest {
         }
         let mut functions = Vec::with_capacity(tools.len());
         for (index, tool) in tools.into_iter().enumerate() {
-            functions.push(function(index, tool, &functions)?);
+            functions.push(function(&format!("{TOOLS}[{index}]"), inside, tool, &functions)?);
         }
         let request = |functions, required| Some(Self { functions, listed, required, parallel });
         match choice {
@@ -88,7 +114,10 @@ impl ToolRequest {
             Some(_) if functions.is_empty() => Err(BodyError::invalid(CHOICE, "'tool_choice' needs 'tools'.")),
             None => Ok(request(functions, false)),
             Some(Choice::Mode(mode)) => Ok(request(functions, mode == "required")),
-            Some(Choice::Named { kind, function: Some(Named { name }) }) if kind == "function" => {
+            Some(
+                Choice::Named { kind, function: Some(Named { name }), .. }
+                | Choice::Named { kind, function: None, name: Some(name) },
+            ) if kind == "function" => {
                 functions.retain(|function| function.name == name);
                 if functions.is_empty() {
                     return Err(BodyError::invalid(CHOICE, "'tool_choice' names a function that is not in 'tools'."));
@@ -102,23 +131,56 @@ impl ToolRequest {
     }
 }
 
-fn function(index: usize, tool: Tool, before: &[FunctionDefinition]) -> Result<FunctionDefinition, BodyError> {
-    let invalid = |what: String| BodyError::invalid(TOOLS, format!("'tools[{index}]{what}"));
-    if tool.kind != "function" {
-        return Err(BodyError::unsupported(TOOLS, format!("'tools[{index}].type' must be 'function'.")));
+/// A tool of `/v1/responses`: its function without an object around it.
+pub(super) fn flat_tool(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = FunctionDefinition::json_schema(generator);
+    if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        fields.insert("type".to_owned(), json!({"const": "function"}));
     }
-    let function = tool.function.ok_or_else(|| invalid(".function' is required.".to_owned()))?;
+    schema.insert("required".to_owned(), json!(["type", "name"]));
+    schema
+}
+
+/// The three fields [`ToolRequest::take`] reads.
+impl JsonSchema for ToolRequest {
+    fn schema_name() -> Cow<'static, str> {
+        "ToolRequest".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let tool = generator.subschema_for::<Tool>();
+        let choice = generator.subschema_for::<Option<Choice>>();
+        let parallel = generator.subschema_for::<Option<bool>>();
+        json_schema!({"type": "object", "properties": {
+            TOOLS: {"type": ["array", "null"], "items": tool, "maxItems": MAX_TOOLS},
+            CHOICE: choice,
+            "parallel_tool_calls": parallel,
+        }})
+    }
+}
+
+fn function(
+    path: &str,
+    inside: &str,
+    tool: Tool,
+    before: &[FunctionDefinition],
+) -> Result<FunctionDefinition, BodyError> {
+    let invalid = |what: &str, rule: &str| BodyError::invalid(TOOLS, format!("'{path}.{what}' {rule}."));
+    if tool.kind != "function" {
+        return Err(BodyError::unsupported(TOOLS, format!("'{path}.type' must be 'function'.")));
+    }
+    let function = tool.function.ok_or_else(|| invalid("function", "is required"))?;
     if !is_name(&function.name) {
-        return Err(invalid(format!(".function.name' must be {NAME_RULE}.")));
+        return Err(invalid(&format!("{inside}name"), &format!("must be {NAME_RULE}")));
     }
     if before.iter().any(|other| other.name == function.name) {
-        return Err(invalid(".function.name' is taken by an earlier tool.".to_owned()));
+        return Err(invalid(&format!("{inside}name"), "is taken by an earlier tool"));
     }
-    Ok(FunctionDefinition { index, ..function })
+    Ok(FunctionDefinition { path: format!("{path}.{inside}parameters"), ..function })
 }
 
 /// News of one call in a stream: id, type and name once, then pieces of the arguments.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ToolCallDelta {
     /// 0, 1, ... within the choice.
     pub index: usize,
@@ -133,7 +195,7 @@ pub struct ToolCallDelta {
 }
 
 /// The function of a [`ToolCallDelta`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct FunctionDelta {
     /// Its name, in the first delta of a call: clients concatenate it.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -36,10 +36,7 @@ impl ChoiceCalls {
                     news.push(started(next, name));
                     next += 1;
                 }
-                CallPiece::Arguments(arguments) => {
-                    let function = FunctionDelta { name: None, arguments };
-                    news.push(ToolCallDelta { index: next.saturating_sub(1), id: None, kind: None, function });
-                }
+                CallPiece::Arguments(arguments) => add_arguments(&mut news, next.saturating_sub(1), arguments),
             }
         }
         if delta.finish == Some(FinishReason::Stop) {
@@ -51,6 +48,17 @@ impl ChoiceCalls {
             });
         }
         news
+    }
+}
+
+/// One delta a call: clients take two of one index in the same chunk for two calls.
+fn add_arguments(news: &mut Vec<ToolCallDelta>, index: usize, arguments: String) {
+    match news.last_mut().filter(|last| last.index == index) {
+        Some(last) => last.function.arguments += &arguments,
+        None => {
+            let function = FunctionDelta { name: None, arguments };
+            news.push(ToolCallDelta { index, id: None, kind: None, function });
+        }
     }
 }
 

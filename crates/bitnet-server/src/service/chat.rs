@@ -107,7 +107,7 @@ impl ChatAnswer {
 }
 
 /// Random letters that fill `said` bytes up to a multiple of [`OBFUSCATED_BYTES`].
-fn obfuscation(said: usize) -> String {
+pub(super) fn obfuscation(said: usize) -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let letter = |_| char::from(LETTERS[usize::from(rand::random::<u8>() % 64)]);
     (0..OBFUSCATED_BYTES - said % OBFUSCATED_BYTES).map(letter).collect()

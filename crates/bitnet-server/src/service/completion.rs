@@ -22,10 +22,19 @@ pub struct TextAnswer {
     settings: Settings,
     tokenizer: Arc<Tokenizer>,
     generation: Generation,
-    prompts: Vec<TextPrompt>,
-    echo: bool,
+    shown: Shown,
     columns: Vec<Columns>,
     closed: bool,
+}
+
+/// What of the prompts and choices is told.
+#[derive(Debug)]
+pub(super) struct Shown {
+    pub(super) prompts: Vec<TextPrompt>,
+    /// The prompts before their completions.
+    pub(super) echo: bool,
+    /// Choices of each prompt, the best ones; `None`: all.
+    pub(super) num_told: Option<usize>,
 }
 
 impl TextAnswer {
@@ -34,11 +43,10 @@ impl TextAnswer {
         settings: Settings,
         tokenizer: Arc<Tokenizer>,
         generation: Generation,
-        prompts: Vec<TextPrompt>,
-        echo: bool,
+        shown: Shown,
     ) -> Self {
         let columns = (0..generation.num_choices()).map(|_| Columns::new()).collect();
-        Self { identity, settings, tokenizer, generation, prompts, echo, columns, closed: false }
+        Self { identity, settings, tokenizer, generation, shown, columns, closed: false }
     }
 
     fn object(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> Completion {
@@ -72,12 +80,12 @@ impl TextAnswer {
     }
 
     fn prompt(&mut self, index: usize, logprobs: Option<PromptLogprobs>) -> CompletionChoice {
-        let prompt = &self.prompts[index / self.settings.num_choices as usize];
+        let prompt = &self.shown.prompts[index / self.settings.num_choices as usize];
         let columns = logprobs
-            .filter(|_| self.echo)
+            .filter(|_| self.shown.echo)
             .map(|logprobs| self.columns[index].prompt(&self.tokenizer, &prompt.tokens, &logprobs, prompt.hidden_bos));
         CompletionChoice {
-            text: if self.echo { prompt.text.clone() } else { String::new() },
+            text: if self.shown.echo { prompt.text.clone() } else { String::new() },
             index,
             logprobs: columns,
             finish_reason: None,
@@ -129,7 +137,11 @@ impl Answer for TextAnswer {
 
     async fn whole(mut self) -> Result<Completion, ServiceError> {
         let mut choices: Vec<_> = (0..self.generation.num_choices()).map(|index| self.blank(index)).collect();
+        let mut scores = vec![Score::default(); choices.len()];
         while let Some(event) = self.generation.next().await? {
+            if let Event::Delta { choice, delta } = &event {
+                scores[*choice].add(delta);
+            }
             let news = self.choice(event);
             let choice = &mut choices[news.index];
             choice.text += &news.text;
@@ -141,6 +153,9 @@ impl Answer for TextAnswer {
                 all.extend(ids);
             }
             choice.prompt_token_ids = choice.prompt_token_ids.take().or(news.prompt_token_ids);
+        }
+        if let Some(num_told) = self.shown.num_told {
+            choices = best(choices, &scores, self.settings.num_choices as usize, num_told);
         }
         let usage = self.generation.usage();
         Ok(self.object(choices, Some(Some(usage))))
@@ -163,4 +178,45 @@ impl TextAnswer {
             prompt_token_ids: None,
         }
     }
+}
+
+/// How likely a choice is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Score {
+    sum: f64,
+    num_tokens: u32,
+}
+
+impl Score {
+    fn add(&mut self, delta: &Delta) {
+        for logprobs in delta.tokens.iter().filter_map(|event| event.logprobs.as_ref()) {
+            self.sum += f64::from(logprobs.logprob);
+            self.num_tokens += 1;
+        }
+    }
+
+    /// Mean log-probability of a token.
+    fn mean(self) -> f64 {
+        self.sum / f64::from(self.num_tokens.max(1))
+    }
+}
+
+/// Of each prompt's `num_choices` the `num_told` best ones, best first (the earlier one of equals).
+fn best(
+    choices: Vec<CompletionChoice>,
+    scores: &[Score],
+    num_choices: usize,
+    num_told: usize,
+) -> Vec<CompletionChoice> {
+    let mut choices: Vec<_> = choices.into_iter().zip(scores).collect();
+    let mut told = Vec::with_capacity(choices.len() / num_choices * num_told);
+    for of_one_prompt in choices.chunks_mut(num_choices) {
+        of_one_prompt.sort_by(|(_, one), (_, other)| other.mean().total_cmp(&one.mean()));
+    }
+    for (place, (choice, _)) in choices.into_iter().enumerate() {
+        if place % num_choices < num_told {
+            told.push(CompletionChoice { index: told.len(), ..choice });
+        }
+    }
+    told
 }

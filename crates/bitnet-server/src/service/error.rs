@@ -40,6 +40,9 @@ pub enum ServiceError {
         /// The names that work.
         served: String,
     },
+    /// There is no such object, or it is another client's.
+    #[error("{0}")]
+    NotFound(String),
     /// Prompt and `max_tokens` together do not fit the context.
     #[error("{message}")]
     ContextLength {
@@ -91,6 +94,24 @@ impl ServiceError {
     /// `param` has a wrong value.
     pub fn invalid(param: &str, message: impl Into<String>) -> Self {
         Self::Invalid { param: Some(param.to_owned()), message: message.into() }
+    }
+}
+
+impl ServiceError {
+    /// The same error, about field `new` where it was about `old`: the caller wrote it by that name.
+    pub(super) fn about(self, old: &'static str, new: &'static str) -> Self {
+        let renamed = |param: &'static str| if param == old { new } else { param };
+        match self {
+            Self::Invalid { param: Some(param), message } if param == old => Self::invalid(new, message),
+            Self::Unsupported { param, message } if param == old => {
+                Self::Unsupported { param: new.to_owned(), message }
+            }
+            Self::ContextLength { param, message } => Self::ContextLength { param: renamed(param), message },
+            Self::ContentFiltered { param, rule, category } => {
+                Self::ContentFiltered { param: renamed(param), rule, category }
+            }
+            other => other,
+        }
     }
 }
 

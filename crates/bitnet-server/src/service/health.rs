@@ -6,6 +6,7 @@ use std::{
 };
 
 use bitnet_core::{TokenId, sampling::SamplingParams};
+use schemars::JsonSchema;
 use serde::Serialize;
 use tokio::sync::Mutex;
 
@@ -29,7 +30,7 @@ const STALLED_SECONDS: f64 = 8.0;
 const DEAD_SECONDS: f64 = 50.0;
 
 /// What `/health` says.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Health {
     /// `ok`, `loading`, `draining` or `failed`.
     pub status: &'static str,
@@ -44,7 +45,7 @@ pub struct Health {
 }
 
 /// Work at hand.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct QueueHealth {
     /// Sequences being computed.
     pub running: usize,
@@ -55,7 +56,7 @@ pub struct QueueHealth {
 }
 
 /// What a probe found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ProbeReport {
     /// `ok`, `slow` (busy included: busy is never down) or `failed`.
     pub status: &'static str,

@@ -9,6 +9,7 @@ mod chat;
 mod choice;
 mod completion;
 mod constraint;
+mod embeddings;
 mod error;
 mod generation;
 mod health;
@@ -19,6 +20,7 @@ mod model;
 mod observe;
 mod prompting;
 mod request;
+mod responses;
 mod tokens;
 
 pub use answer::{Answer, unix_seconds};
@@ -32,6 +34,7 @@ pub use health::{Health, ProbeReport};
 pub use lifecycle::{InFlight, Lifecycle, Phase};
 pub use model::{ModelCard, ModelNames};
 pub use request::{ChatRequest, MaxTokens, RequestRules, Settings, TextRequest};
+pub use responses::ResponseAnswer;
 
 use std::{
     sync::Arc,
@@ -46,15 +49,17 @@ use crate::{
     grammar::GrammarCompiler,
     limits::ClientId,
     metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
-    openai::{ChatCompletionRequest, CompletionRequest},
+    openai::{ChatCompletionRequest, CompletionRequest, ResponseRequest, Truncation},
     prompt::ChatPrompter,
     response_cache::{CacheKey, JoinableAnswers, ResponseCache},
 };
 use answer::Identity;
 use cache::{CachedAnswer, Recorder, SharedStream, cache_key};
 use choice::Choice;
+use completion::Shown;
 use generation::{Source, replay};
 use meter::Meter;
+use prompting::encode_newest;
 
 /// What a service is made of.
 #[derive(Debug)]
@@ -137,6 +142,30 @@ impl Service {
     /// # Errors
     /// [`ServiceError`], before anything was generated.
     pub async fn chat(&self, wire: ChatCompletionRequest, caller: Caller) -> Result<ChatAnswer, ServiceError> {
+        let (settings, generation) = self.converse(wire, Truncation::Disabled, caller).await?;
+        let identity = Identity::new("chatcmpl-", &self.card);
+        Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
+    }
+
+    /// `/v1/responses`: a chat, told in other words.
+    ///
+    /// # Errors
+    /// [`ServiceError`], before anything was generated.
+    pub async fn respond(&self, wire: ResponseRequest, caller: Caller) -> Result<ResponseAnswer, ServiceError> {
+        let ResponseRequest { chat, echo } = wire;
+        let conversation = self.converse(chat, echo.truncation, caller).await;
+        let (settings, generation) = conversation.map_err(|error| error.about("messages", "input"))?;
+        let identity = Identity::new("resp_", &self.card);
+        Ok(ResponseAnswer::new(identity, settings, echo, Arc::clone(self.tokenizer()), generation))
+    }
+
+    /// From a conversation to what answers it.
+    async fn converse(
+        &self,
+        wire: ChatCompletionRequest,
+        truncation: Truncation,
+        caller: Caller,
+    ) -> Result<(Settings, Generation), ServiceError> {
         self.card.names.resolve(wire.model.as_deref())?;
         let request = ChatRequest::parse(wire, &self.rules)?;
         let settings = request.settings;
@@ -145,13 +174,17 @@ impl Service {
         let messages = self.screened_messages(request.messages)?;
         let options = request.prompt;
         let continues = options.continue_final_message;
-        let encode = move |prompter: &ChatPrompter| prompter.encode_chat(&messages, &options);
+        let asked = settings.max_tokens.filter(|max| max.requested).map_or(1, |max| max.tokens);
+        let room = self.card.max_model_len.saturating_sub(asked);
+        let encode = move |prompter: &ChatPrompter| match truncation {
+            Truncation::Disabled => prompter.encode_chat(&messages, &options),
+            Truncation::Auto => encode_newest(prompter, &messages, &options, room),
+        };
         let prompt = self.with_prompter(encode, "messages").await?;
         let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
-        let identity = Identity::new("chatcmpl", &self.card);
-        Ok(ChatAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation))
+        Ok((settings, generation))
     }
 
     /// `/v1/completions`.
@@ -160,19 +193,24 @@ impl Service {
     /// [`ServiceError`], before anything was generated.
     pub async fn complete(&self, wire: CompletionRequest, caller: Caller) -> Result<TextAnswer, ServiceError> {
         self.card.names.resolve(wire.model.as_deref())?;
-        let TextRequest { prompt, echo, settings } = TextRequest::parse(wire, &self.rules)?;
+        let TextRequest { prompt, echo, num_told, mut settings } = TextRequest::parse(wire, &self.rules)?;
+        let shown_logprobs = settings.logprobs;
+        // What is best is decided by log-probabilities, whether they are shown or not.
+        settings.logprobs = shown_logprobs.or(num_told.map(|_| 0));
         let places = self.reserve(prompt.len())?;
         let constraint = self.constraint(settings.rule.as_ref()).await?;
         let prompts = self.text_prompts(prompt).await?;
-        let prompt_logprobs = settings.logprobs.filter(|_| echo);
+        let prompt_logprobs = shown_logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
         let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
-        let identity = Identity::new("cmpl", &self.card);
-        Ok(TextAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation, prompts, echo))
+        settings.logprobs = shown_logprobs;
+        let identity = Identity::new("cmpl-", &self.card);
+        let shown = Shown { prompts, echo, num_told };
+        Ok(TextAnswer::new(identity, settings, Arc::clone(self.tokenizer()), generation, shown))
     }
 
     /// Places for `count` prompts, taken before any work is done for them: all or none.

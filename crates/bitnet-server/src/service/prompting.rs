@@ -11,7 +11,7 @@ use crate::{
     filter::InputVerdict,
     metrics::{FilterDirection, SecurityEvent},
     openai::{Content, Message, Prompt, Role},
-    prompt::{ChatMessage, ChatPrompter, PromptError, TemplateError},
+    prompt::{ChatMessage, ChatOptions, ChatPrompter, PromptError, TemplateError},
 };
 
 /// A prompt as the engine reads it and as `echo` shows it.
@@ -123,6 +123,40 @@ impl Service {
             }
         }
     }
+}
+
+/// The prompt of `messages` without the oldest of them, as few as it takes to fit into `room` tokens. Instructions and the last
+/// message stay; when these do not fit either, the prompt is too long.
+pub(super) fn encode_newest(
+    prompter: &ChatPrompter,
+    messages: &[ChatMessage],
+    options: &ChatOptions,
+    room: usize,
+) -> Result<Vec<TokenId>, PromptError> {
+    let encode = |num_dropped: usize| {
+        let (oldest, rest) = messages.split_at(num_dropped);
+        // A result without its call would say nothing.
+        let orphans = rest.iter().take_while(|message| num_dropped > 0 && message.role == "tool").count();
+        let instructions = oldest.iter().filter(|message| message.role == "system");
+        let kept: Vec<_> = instructions.chain(&rest[orphans.min(rest.len().saturating_sub(1))..]).cloned().collect();
+        prompter.encode_chat(&kept, options)
+    };
+    let mut prompt = encode(0)?;
+    let (mut too_few, mut enough) = (0, messages.len().saturating_sub(1));
+    if prompt.len() <= room || enough == 0 {
+        return Ok(prompt);
+    }
+    prompt = encode(enough)?;
+    while enough - too_few > 1 {
+        let middle = usize::midpoint(too_few, enough);
+        let shorter = encode(middle)?;
+        if shorter.len() <= room {
+            (enough, prompt) = (middle, shorter);
+        } else {
+            too_few = middle;
+        }
+    }
+    Ok(prompt)
 }
 
 /// `message` in the words of chat templates.

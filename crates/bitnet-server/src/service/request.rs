@@ -52,6 +52,8 @@ pub struct TextRequest {
     pub prompt: Prompt,
     /// Put the prompt before the completion.
     pub echo: bool,
+    /// Of the choices of each prompt, how many are told: those with the highest mean log-probability. `None`: all.
+    pub num_told: Option<usize>,
     /// The rest.
     pub settings: Settings,
 }
@@ -160,8 +162,26 @@ impl TextRequest {
             }
         }
         let logprobs = wire.logprobs.map(|top| alternatives("logprobs", top)).transpose()?;
-        let settings = Settings::parse(wire.params, logprobs, Some(COMPLETION_MAX_TOKENS), rules)?;
-        Ok(Self { prompt: wire.prompt, echo: wire.echo, settings })
+        let mut settings = Settings::parse(wire.params, logprobs, Some(COMPLETION_MAX_TOKENS), rules)?;
+        let best_of = best_of(wire.best_of, &settings, rules.max_choices)?;
+        let num_told = best_of.map(|_| settings.num_choices as usize);
+        settings.num_choices = best_of.unwrap_or(settings.num_choices);
+        Ok(Self { prompt: wire.prompt, echo: wire.echo, num_told, settings })
+    }
+}
+
+/// `best_of`, where it says more than `n` does.
+fn best_of(wire: Option<u64>, settings: &Settings, max: u32) -> Result<Option<u32>, ServiceError> {
+    const PARAM: &str = "best_of";
+    let n = settings.num_choices;
+    match wire.map(u32::try_from) {
+        None => Ok(None),
+        Some(Ok(best_of)) if best_of == n => Ok(None),
+        Some(Ok(best_of)) if (n..=max).contains(&best_of) && settings.stream => {
+            Err(ServiceError::invalid(PARAM, "'best_of' cannot be streamed: what is best is known at the end."))
+        }
+        Some(Ok(best_of)) if (n..=max).contains(&best_of) => Ok(Some(best_of)),
+        Some(_) => Err(ServiceError::invalid(PARAM, format!("'{PARAM}' must be between 'n' and {max}."))),
     }
 }
 
@@ -227,7 +247,7 @@ fn call_rule(tools: ToolRequest, otherwise: Option<RequestRule>) -> Result<Reque
         }
     };
     let function = |function: FunctionDefinition| Function {
-        path: format!("{PARAM}[{}].function.parameters", function.index),
+        path: function.path,
         name: function.name,
         parameters: function.parameters,
     };

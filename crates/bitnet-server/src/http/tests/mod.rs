@@ -1,6 +1,10 @@
 //! The routes over a scripted engine: bytes in, bytes out, without a socket or a model.
 
+mod files;
 mod hostile;
+mod hostile_table;
+mod openapi;
+mod responses;
 mod routes;
 mod wire;
 
@@ -34,6 +38,7 @@ use crate::{
     metrics::{Metrics, MetricsLimits},
     prompt::ChatPrompter,
     service::{Lifecycle, ModelCard, ModelNames, Parts, RequestRules, Service},
+    storage::{Storage, StorageLimits},
 };
 
 /// Ids 0..256 are the bytes in the order of their values.
@@ -113,7 +118,11 @@ impl Setup {
     fn loading(self) -> Fixture {
         let limits = MetricsLimits { max_num_seqs: 4, max_queue: 8 };
         let metrics = Arc::new(Metrics::new("test", limits));
-        let state = Arc::new(HttpState::new(&self.config, Lifecycle::new(), metrics));
+        let storage = self.config.data.as_ref().map(|data| {
+            let limits = StorageLimits { max_file_bytes: data.max_file_bytes, max_total_bytes: data.max_total_bytes };
+            Arc::new(Storage::open(&data.dir, limits).unwrap())
+        });
+        let state = Arc::new(HttpState::new(&self.config, Lifecycle::new(), metrics).with_storage(storage));
         Fixture { router: router(Arc::clone(&state)), state, hold: Arc::default(), _engine: None }
     }
 

@@ -82,6 +82,17 @@ async fn a_chat_stream_in_order() {
 }
 
 #[tokio::test]
+async fn the_best_of_several_are_told() {
+    let server = Setup::saying("abc").start();
+    let body = r#"{"prompt":["x","y"],"n":2,"best_of":3,"seed":1}"#;
+    let answer = server.post("/v1/completions", body).await.json();
+    let choices = answer["choices"].as_array().unwrap();
+    assert_eq!(choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert!(choices.iter().all(|choice| choice["text"] == "abc" && choice["logprobs"].is_null()));
+    assert_eq!(answer["usage"]["completion_tokens"], 6 * 4, "what was generated counts, not what is told");
+}
+
+#[tokio::test]
 async fn stop_strings_leave_nothing_behind() {
     let server = Setup::saying("one END two").start();
     for stop in ["\"END\"", "[\"two\", \" END\"]", "[\"N\", \"x\"]"] {
