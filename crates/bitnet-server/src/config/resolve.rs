@@ -158,7 +158,11 @@ impl ServerConfig {
                 None => usize::MAX,
             },
             kv_cache_bytes: raw.kv_cache_mb.map(|mb| mebibytes("kv-cache-mb", mb, 1)).transpose()?,
-            kv_dtype: one_of("kv-cache-type", raw.kv_cache_type, &[("f16", KvDtype::F16), ("f32", KvDtype::F32)])?,
+            kv_dtype: one_of(
+                "kv-cache-type",
+                raw.kv_cache_type,
+                &[("f16", KvDtype::F16), ("f32", KvDtype::F32), ("int8", KvDtype::Int8)],
+            )?,
             i2s_layout: one_of(
                 "i2s-layout",
                 raw.i2s_layout,

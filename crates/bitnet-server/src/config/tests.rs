@@ -154,7 +154,7 @@ fn values_outside_their_range_are_refused_by_flag_and_value() {
         ("--max-num-batched-tokens", "3"),
         ("--max-queue", "0"),
         ("--kv-cache-mb", "0"),
-        ("--kv-cache-type", "int8"),
+        ("--kv-cache-type", "int4"),
         ("--i2s-layout", "d"),
         ("--packing", "2"),
         ("--memory-limit", "lots"),
