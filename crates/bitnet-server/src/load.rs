@@ -12,7 +12,7 @@ use bitnet_core::{
     checkpoint::{FileSummary, GenerationDefaults, I2sLayout, ModelConfig, TokenizerSource},
     kernels::{self, KernelError, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache},
-    model::{ModelOptions, Workspace},
+    model::{ModelOptions, SparseFfn, Workspace},
     threads::WorkerPool,
     tokenizer::TokenizerError,
 };
@@ -39,6 +39,8 @@ pub struct LoadSettings {
     pub kernel: Option<String>,
     /// Arrangement of the weights; `None` measures which is the fastest.
     pub packing: Option<PackedLayout>,
+    /// Copies of weights that let a single stream skip channels.
+    pub sparse_ffn: SparseFfn,
     /// Physical layout of I2_S tensors.
     pub i2s_layout: I2sLayout,
 }
@@ -50,6 +52,7 @@ impl LoadSettings {
             threads: config.threads,
             kernel: config.kernel.clone(),
             packing: config.packing,
+            sparse_ffn: config.sparse_ffn,
             i2s_layout: config.i2s_layout,
         }
     }
@@ -139,7 +142,8 @@ pub fn load_checkpoint(
         tracing::warn!("{note}");
     }
     let kernel = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
-    let options = ModelOptions { packing: supported(settings.packing, kernel)?, ..ModelOptions::default() };
+    let packing = supported(settings.packing, kernel)?;
+    let options = ModelOptions { packing, sparse_ffn: settings.sparse_ffn, ..ModelOptions::default() };
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
     let tokenizer = Arc::new(Tokenizer::from_source(source)?);
     let generation = checkpoint.generation.clone();

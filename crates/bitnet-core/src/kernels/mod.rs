@@ -12,18 +12,20 @@ pub mod packing;
 mod scalar;
 pub mod screen;
 mod self_test;
+pub mod sparse;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use std::sync::LazyLock;
+use std::{ops::Range, sync::LazyLock};
 
 pub use autotune::autotune;
 pub use isa::{FloatOp, Isa};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
 use screen::{PanelBounds, ScreenRows, SplitActivations};
 pub use self_test::{SelfTestFailure, self_test};
+use sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS, MultiplyColumns, MultiplyRows};
 
 use crate::{
     quant::{activation::QuantizedActivations, screen::SplitRow},
@@ -70,6 +72,39 @@ pub trait TernaryKernel: Send + Sync + 'static {
         estimates: &mut ColumnsMut<'_>,
         radii: &mut ColumnsMut<'_>,
     );
+
+    /// `out[channel - first] = (w[channel] . x as f32) / s * scale` for the `channels` alone, ascending, of one token.
+    ///
+    /// # Panics
+    /// When the shapes do not agree or a channel is outside `first..first + out.len()`.
+    fn gemv_channels(
+        &self,
+        w: &ChannelRows,
+        channels: &[u32],
+        first: usize,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_channels(w, x);
+        self.isa().run(MultiplyRows { w, channels, first, x, out });
+    }
+
+    /// `out = (w . x as f32) / s * scale` for the outputs of `lines` of [`LINE_WEIGHTS`] each, where `active` lists the
+    /// codes of `x` that are not zero, of one token.
+    ///
+    /// # Panics
+    /// When the shapes do not agree.
+    fn gemv_active(
+        &self,
+        w: &ChannelColumns,
+        active: &ActiveChannels,
+        lines: Range<usize>,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_active(w, &lines, x, out);
+        self.isa().run(MultiplyColumns { w, active, lines, x, out });
+    }
 
     /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
     /// and returns the multiply-accumulates done: the speed no product can pass.
@@ -220,6 +255,20 @@ fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &Column
             "shapes of a screen"
         );
     }
+}
+
+/// As [`check_gemv`].
+fn check_channels(w: &ChannelRows, x: &QuantizedActivations<'_>) {
+    assert_eq!((x.num_tokens(), x.cols()), (1, w.cols()), "shapes of a product of some rows");
+}
+
+/// As [`check_gemv`].
+fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivations<'_>, out: &[f32]) {
+    assert_eq!(
+        (x.num_tokens(), x.cols(), out.len()),
+        (1, w.channels(), lines.len() * LINE_WEIGHTS),
+        "shapes of a product of some columns"
+    );
 }
 
 /// Writes what the sums of a panel's rows with one token's high and low halves say.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod screen;
+mod sparse;
 
 use std::convert::Infallible;
 
