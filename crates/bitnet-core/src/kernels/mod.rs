@@ -14,7 +14,7 @@ pub mod screen;
 mod self_test;
 pub mod sparse;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -135,12 +135,21 @@ pub fn select(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
     }
 }
 
+/// A kernel that passed its self-test on this CPU.
+#[derive(Clone)]
+pub struct TestedKernel {
+    /// The choice.
+    pub kernel: &'static dyn TernaryKernel,
+    /// What every kernel of this CPU gave, in the order of [`available`].
+    pub results: Vec<(&'static str, Result<(), SelfTestFailure>)>,
+}
+
 /// As [`select`], but only a kernel that passes its self-test on this CPU. `auto` passes over those that fail, each with a
 /// log line; takes some milliseconds.
 ///
 /// # Errors
 /// As [`select`], and when the kernel asked for, or every kernel, fails.
-pub fn select_tested(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
+pub fn select_tested(name: &str) -> Result<TestedKernel, KernelError> {
     select(name)?;
     let results = self_test();
     for (kernel, result) in &results {
@@ -148,7 +157,13 @@ pub fn select_tested(name: &str) -> Result<&'static dyn TernaryKernel, KernelErr
             tracing::error!(kernel, %failure, "a kernel fails its self-test on this CPU and is not used");
         }
     }
-    fastest_sound(name, &results)
+    Ok(TestedKernel { kernel: fastest_sound(name, &results)?, results })
+}
+
+impl std::fmt::Debug for TestedKernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestedKernel").field("kernel", &self.kernel.name()).field("results", &self.results).finish()
+    }
 }
 
 /// The fastest kernel that is called `name`, or any for `auto`, and whose result (in the order of [`available`]) is good.

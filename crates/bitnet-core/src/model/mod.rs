@@ -14,6 +14,7 @@ mod norm;
 mod phases;
 mod rope;
 mod screen;
+mod self_test;
 mod sparse;
 mod weights;
 mod workspace;

@@ -206,7 +206,7 @@ impl std::fmt::Debug for Model {
 }
 
 impl Layer {
-    fn linears(&self) -> [&PackedTernary; 7] {
+    pub(super) fn linears(&self) -> [&PackedTernary; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
