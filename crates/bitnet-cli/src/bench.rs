@@ -47,6 +47,9 @@ pub(crate) struct BenchArgs {
     /// Bits a weight in memory; auto measures which is faster here [default: auto]
     #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
     packing: Option<String>,
+    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
+    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
+    sparse_ffn: Option<String>,
     /// Element type of the KV cache; int8 halves its memory and changes results a little [default: f16]
     #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16|int8")]
     kv_cache_type: Option<String>,
@@ -64,6 +67,7 @@ pub(crate) fn bench(args: BenchArgs) -> Result<(), Failure> {
         threads: args.threads,
         kernel: args.kernel.clone(),
         packing: args.packing.clone(),
+        sparse_ffn: args.sparse_ffn.clone(),
         kv_cache_type: args.kv_cache_type.clone(),
         i2s_layout: args.i2s_layout.clone(),
         ..RawConfig::default()
@@ -76,7 +80,8 @@ pub(crate) fn bench(args: BenchArgs) -> Result<(), Failure> {
     // A model made in memory was not loaded: its time starts here.
     let start = if args.synthetic.is_some() { Instant::now() } else { start };
     let mut pool = WorkerPool::new(config.threads);
-    let model = load(&checkpoint, kernel, &ModelOptions { packing, ..ModelOptions::default() }, &mut pool)?;
+    let options = ModelOptions { packing, sparse_ffn: config.sparse_ffn, ..ModelOptions::default() };
+    let model = load(&checkpoint, kernel, &options, &mut pool)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let file_bytes = checkpoint.summary.file_bytes;
     drop(checkpoint);
@@ -179,6 +184,7 @@ fn report(header: &Header, model: &Model, limits: &Limits, results: &[(&Case, Me
             "threads": header.threads,
             "kernel": model.kernel_name(),
             "packing": model.packing().name(),
+            "sparse_ffn": model.has_sparse_ffn(),
             "read_bytes_per_s": limits.read_bytes_per_s,
             "int8_macs_per_s": limits.int8_macs_per_s,
         },

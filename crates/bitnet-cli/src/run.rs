@@ -52,6 +52,9 @@ pub(crate) struct RunArgs {
     /// Bits a weight in memory; auto measures which is faster here [default: auto]
     #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
     packing: Option<String>,
+    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
+    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
+    sparse_ffn: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     ctx_size: Option<usize>,
@@ -94,6 +97,7 @@ impl Session {
             threads: args.threads,
             kernel: args.kernel.clone(),
             packing: args.packing.clone(),
+            sparse_ffn: args.sparse_ffn.clone(),
             ctx_size: args.ctx_size,
             kv_cache_type: args.kv_cache_type.clone(),
             i2s_layout: args.i2s_layout.clone(),

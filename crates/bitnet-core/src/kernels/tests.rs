@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod screen;
+mod sparse;
 
 use std::convert::Infallible;
 
@@ -203,9 +204,9 @@ fn every_combination_of_five_trits_comes_back() {
 }
 
 /// A kernel whose first result of every product, or of every screen, is off by a little.
-struct Broken {
-    kernel: &'static dyn TernaryKernel,
-    screen: bool,
+pub(crate) struct Broken {
+    pub(crate) kernel: &'static dyn TernaryKernel,
+    pub(crate) screen: bool,
 }
 
 impl TernaryKernel for Broken {
@@ -262,6 +263,35 @@ fn the_self_test_passes_here_and_sees_a_broken_kernel() {
         assert_eq!((failure.operation.as_str(), failure.num_tokens), ("2bit product", 1));
         let failure = self_test::test(&Broken { kernel: *kernel, screen: true }).unwrap_err();
         assert_eq!(failure.operation, "screen");
+    }
+}
+
+#[test]
+fn a_tested_kernel_knows_what_every_kernel_gave() {
+    let tested = select_tested("auto").unwrap();
+    let names: Vec<_> = tested.results.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, available().iter().map(|kernel| kernel.name()).collect::<Vec<_>>());
+    assert!(format!("{tested:?}").contains(tested.kernel.name()));
+}
+
+/// Any shape, weights of any density and activations of any kind: what no table of shapes thinks of.
+#[test]
+fn thousands_of_random_products() {
+    let mut random = Random(2026);
+    for round in 0..2000 {
+        let mut below = |bound: u64| (random.next() % bound) as usize;
+        let (rows, cols, num_tokens) = (1 + below(70), 1 + below(400), 1 + below(9));
+        let (zeros, extremes) = (below(4), below(3) == 0);
+        let mut case = Case { rows, cols, weights: random.weights(rows * cols), x: random.floats(num_tokens * cols) };
+        for weight in &mut case.weights {
+            if random.next() % 4 < zeros as u64 {
+                *weight = 0;
+            }
+        }
+        if extremes {
+            case.x.iter_mut().for_each(|x| *x = if *x < 0.0 { -1.0 } else { 1.0 });
+        }
+        case.check(&format!("round {round}: {rows} x {cols}, {num_tokens} tokens"));
     }
 }
 

@@ -39,6 +39,9 @@ pub struct RawConfig {
     /// Bits a weight in memory; auto measures which is faster here [default: auto]
     #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
     pub packing: Option<String>,
+    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
+    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
+    pub sparse_ffn: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
@@ -221,6 +224,7 @@ overlay!(
     threads,
     kernel,
     packing,
+    sparse_ffn,
     ctx_size,
     max_num_seqs,
     max_num_batched_tokens,

@@ -157,6 +157,7 @@ fn values_outside_their_range_are_refused_by_flag_and_value() {
         ("--kv-cache-type", "int4"),
         ("--i2s-layout", "d"),
         ("--packing", "2"),
+        ("--sparse-ffn", "yes"),
         ("--memory-limit", "lots"),
         ("--memory-limit", "0"),
         ("--memory-limit", "1.5"),

@@ -4,20 +4,25 @@
 //! Weights of 2 bits here; those of 1.6 bits, for CPUs with VBMI, in [`super::avx512_vbmi`].
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::{
-    __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_storeu_si512,
+use std::{
+    arch::x86_64::{
+        __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
+        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32,
+        _mm512_srli_epi16, _mm512_storeu_si512,
+    },
+    ops::Range,
 };
 
 use super::{
-    PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    PREFETCH_BYTES, PanelSums, avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
+    screen_by_blocks,
 };
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
+        Isa, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
         screen::{ScreenRows, SplitActivations},
+        sparse::{ActiveChannels, ChannelColumns, ChannelRows},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -77,6 +82,32 @@ impl TernaryKernel for Avx512Vnni {
         check_screen(w, x, estimates, radii);
         // SAFETY: as in `gemv`.
         unsafe { screen(w, x, estimates, radii) }
+    }
+
+    fn gemv_channels(
+        &self,
+        w: &ChannelRows,
+        channels: &[u32],
+        first: usize,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_channels(w, x);
+        // SAFETY: as in `gemv`.
+        unsafe { avx512_sparse::gemv_channels(w, channels, first, x, out) }
+    }
+
+    fn gemv_active(
+        &self,
+        w: &ChannelColumns,
+        active: &ActiveChannels,
+        lines: Range<usize>,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_active(w, &lines, x, out);
+        // SAFETY: as in `gemv`.
+        unsafe { avx512_sparse::gemv_active(w, active, lines, x, out) }
     }
 
     fn multiply_registers(&self, rounds: u32) -> u64 {

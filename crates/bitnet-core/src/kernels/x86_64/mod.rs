@@ -2,6 +2,7 @@
 //! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller.
 
 mod avx2;
+mod avx512_sparse;
 mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
