@@ -306,12 +306,14 @@ fn autotuning_picks_a_layout_the_kernel_has() {
 }
 
 #[test]
-fn limits_are_measured() {
+fn limits_are_measured_and_bound_speeds_by_the_slower_of_both() {
     let mut pool = WorkerPool::new(2);
-    assert!(limits::read_bytes_per_s(&mut pool) > 1e6);
     for kernel in available() {
-        assert!(limits::int8_macs_per_s(*kernel, &mut pool) > 1e6, "{}", kernel.name());
+        let limits = limits::Ruler::new(*kernel, &mut pool).sample(*kernel, &mut pool);
+        assert!(limits.read_bytes_per_s > 1e6 && limits.int8_macs_per_s > 1e6, "{}", kernel.name());
     }
+    let limits = limits::Limits { read_bytes_per_s: 100.0, int8_macs_per_s: 1000.0 };
+    assert_eq!([limits.tokens_per_s(10.0, 10.0), limits.tokens_per_s(1.0, 500.0)], [10.0, 2.0]);
 }
 
 #[test]

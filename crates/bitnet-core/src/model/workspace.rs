@@ -102,6 +102,11 @@ impl Workspace {
         self.pool.pin_caller();
     }
 
+    /// The workers, for measuring between two steps what they could do at most.
+    pub fn pool_mut(&mut self) -> &mut WorkerPool {
+        &mut self.pool
+    }
+
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
         self.buffers.bytes()

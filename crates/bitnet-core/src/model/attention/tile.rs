@@ -100,8 +100,8 @@ pub(super) fn softmax(scores: &mut [f32], num_visible: usize) -> [f32; 2] {
     let max = max_16(steps);
     let mut lanes = [0.0; LANES];
     for step in steps {
-        for lane in 0..LANES {
-            step[lane] = math::exp(step[lane] - max);
+        for score in step.iter_mut() {
+            *score = math::exp(*score - max);
         }
         for lane in 0..LANES {
             lanes[lane] += step[lane];
