@@ -16,7 +16,7 @@ const CORE: &[(&str, &[&str])] = &[
     ("threads", &[]),
     ("checkpoint", &["quant"]),
     ("tokenizer", &["checkpoint"]),
-    ("kv_cache", &["checkpoint", "kernels", "model"]),
+    ("kv_cache", &["checkpoint", "kernels", "model", "quant", "threads"]),
     ("sampling", &["kernels"]),
     ("model", &["checkpoint", "quant", "kernels", "kv_cache", "threads"]),
 ];

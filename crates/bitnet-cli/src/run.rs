@@ -52,11 +52,14 @@ pub(crate) struct RunArgs {
     /// Bits a weight in memory; auto measures which is faster here [default: auto]
     #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
     packing: Option<String>,
+    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
+    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
+    sparse_ffn: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     ctx_size: Option<usize>,
-    /// Element type of the KV cache [default: f16]
-    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16")]
+    /// Element type of the KV cache; int8 halves its memory and changes results a little [default: f16]
+    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16|int8")]
     kv_cache_type: Option<String>,
     /// Physical layout of I2_S tensors in GGUF files [default: a]
     #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
@@ -94,6 +97,7 @@ impl Session {
             threads: args.threads,
             kernel: args.kernel.clone(),
             packing: args.packing.clone(),
+            sparse_ffn: args.sparse_ffn.clone(),
             ctx_size: args.ctx_size,
             kv_cache_type: args.kv_cache_type.clone(),
             i2s_layout: args.i2s_layout.clone(),

@@ -3,15 +3,31 @@
 //! Mechanism only. Reference counts, hashes, LRU and the choice of blocks are policy and live in the server's engine.
 //!
 //! Layout: `[block][layer][kv head]{ keys [head_dim][16 tokens], values [16 tokens][head_dim] }`, both tiles padded to a
-//! head width of a multiple of 16. Keys lie dimension by dimension so that attention scores 16 positions side by side,
-//! each by a plain sequential sum; values lie token by token so that a visible prefix is contiguous.
+//! head width of a multiple of 16, and of int8 followed by one scale a token. Keys lie dimension by dimension so that
+//! attention scores 16 positions side by side, each by a plain sequential sum; values lie token by token so that a visible
+//! prefix is contiguous.
 
+mod element;
+#[cfg(test)]
+mod tests;
+
+use element::{Code, Encode, Half, Single};
 use memmap2::{MmapMut, MmapOptions};
 
-use crate::{checkpoint::ModelConfig, ids::BlockId, kernels::math, model::Model};
+use crate::{
+    checkpoint::ModelConfig,
+    ids::BlockId,
+    kernels::{self, Isa},
+    model::Model,
+    threads::SharedRows,
+};
 
 /// Positions in one block.
 pub const BLOCK_TOKENS: usize = 16;
+
+/// Bytes of a block from which the cache asks for huge pages: a quarter of one.
+#[cfg(target_os = "linux")]
+const HUGE_BLOCK: usize = 512 << 10;
 
 /// Element type of stored K and V. Values are rounded to it when written and always read back from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +37,8 @@ pub enum KvDtype {
     /// IEEE half: the default.
     #[default]
     F16,
+    /// Bytes and a scale for each position and head, by the rule of activations: half the memory of F16, and other results.
+    Int8,
 }
 
 /// Storage of `num_blocks` blocks. Pages are zero and untouched until written.
@@ -69,6 +87,14 @@ impl KvCache {
     pub(crate) fn with_geometry(geometry: Geometry, num_blocks: usize) -> std::io::Result<Self> {
         let bytes = geometry.block_bytes().checked_mul(num_blocks).ok_or(std::io::ErrorKind::OutOfMemory)?;
         let storage = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
+        // Tiles of one sequence are far apart, and each would miss in the translation tables. Where blocks are small a huge
+        // page would hold many that nobody uses.
+        #[cfg(target_os = "linux")]
+        if geometry.block_bytes() >= HUGE_BLOCK
+            && let Err(error) = storage.advise(memmap2::Advice::HugePage)
+        {
+            tracing::debug!(%error, "no huge pages for the cache");
+        }
         Ok(Self { storage, geometry, num_blocks })
     }
 
@@ -77,108 +103,174 @@ impl KvCache {
     }
 
     /// Keys of `block`, decoded by [`KvTile::decode`] to `[head_dim][16]`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn keys(&self, block: BlockId, layer: usize, head: usize) -> KvTile<'_> {
-        self.tile(self.geometry.tile_offset(block, layer, head))
+        self.tile(block, layer, head, TileKind::Keys)
     }
 
     /// Values of `block`, decoded by [`KvTile::decode`] to `[16][padded head_dim]`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn values(&self, block: BlockId, layer: usize, head: usize) -> KvTile<'_> {
-        self.tile(self.geometry.tile_offset(block, layer, head) + self.geometry.tile_bytes())
+        self.tile(block, layer, head, TileKind::Values)
     }
 
-    fn tile(&self, offset: usize) -> KvTile<'_> {
-        KvTile { bytes: &self.storage[offset..offset + self.geometry.tile_bytes()], dtype: self.geometry.dtype }
+    #[inline(always)]
+    fn tile(&self, block: BlockId, layer: usize, head: usize, kind: TileKind) -> KvTile<'_> {
+        let (geometry, tile_bytes) = (&self.geometry, self.geometry.tile_bytes());
+        let tiles_before = geometry.num_tiles_before(layer, head) + usize::from(kind == TileKind::Values);
+        let start = block.index() * geometry.block_bytes() + tiles_before * tile_bytes;
+        let (codes, scales) = self.storage[start..start + tile_bytes].split_at(geometry.code_bytes());
+        let codes = match kind {
+            // The last rows may be padding.
+            TileKind::Keys => &codes[..codes.len() / geometry.padded_head_dim() * geometry.head_dim],
+            TileKind::Values => codes,
+        };
+        KvTile { codes, scales, dtype: geometry.dtype, kind }
     }
 
+    /// Lets several workers write in one phase, each into blocks of its own.
+    pub(crate) fn shared(&mut self) -> SharedBlocks<'_> {
+        let geometry = &self.geometry;
+        SharedBlocks { blocks: SharedRows::new(&mut self.storage[..], geometry.block_bytes()), geometry }
+    }
+}
+
+/// All blocks, to be claimed.
+pub(crate) struct SharedBlocks<'a> {
+    blocks: SharedRows<'a, u8>,
+    geometry: &'a Geometry,
+}
+
+impl<'a> SharedBlocks<'a> {
+    /// Block `block`, exclusively.
+    ///
+    /// # Panics
+    /// When it is outside the cache or was claimed before.
+    pub(crate) fn claim(&self, block: BlockId) -> BlockMut<'a> {
+        BlockMut { bytes: self.blocks.claim(block.index()..block.index() + 1), geometry: self.geometry }
+    }
+}
+
+/// Exclusive access to one block.
+pub(crate) struct BlockMut<'a> {
+    bytes: &'a mut [u8],
+    geometry: &'a Geometry,
+}
+
+impl BlockMut<'_> {
     /// Rounds and stores one position's `k` and `v` (`[num_kv_heads, head_dim]`) of one layer.
     #[inline(always)]
-    pub(crate) fn write(&mut self, block: BlockId, layer: usize, position: usize, k: &[f32], v: &[f32]) {
-        let Geometry { head_dim, dtype, .. } = self.geometry;
+    pub(crate) fn write(&mut self, layer: usize, position: usize, k: &[f32], v: &[f32]) {
+        let Geometry { head_dim, dtype, .. } = *self.geometry;
         let (slot, tile_bytes) = (position % BLOCK_TOKENS, self.geometry.tile_bytes());
         for (head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
-            let offset = self.geometry.tile_offset(block, layer, head);
-            let (keys, values) = self.storage[offset..offset + 2 * tile_bytes].split_at_mut(tile_bytes);
-            let values = &mut values[slot * tile_bytes / BLOCK_TOKENS..];
+            let start = self.geometry.num_tiles_before(layer, head) * tile_bytes;
+            let (keys, values) = self.bytes[start..start + 2 * tile_bytes].split_at_mut(tile_bytes);
             match dtype {
-                KvDtype::F32 => store(keys, values, slot, k, v, f32_bytes),
-                KvDtype::F16 => store(keys, values, slot, k, v, f16_bytes),
+                KvDtype::F32 => {
+                    store_key(keys, slot, k, Single);
+                    store_value(values, slot, v, Single);
+                }
+                KvDtype::F16 => {
+                    store_key(keys, slot, k, Half);
+                    store_value(values, slot, v, Half);
+                }
+                KvDtype::Int8 => {
+                    let (key, value) = (Code::of(k), Code::of(v));
+                    let (keys, key_scales) = keys.split_at_mut(self.geometry.code_bytes());
+                    let (values, value_scales) = values.split_at_mut(self.geometry.code_bytes());
+                    store_key(keys, slot, k, key);
+                    store_value(values, slot, v, value);
+                    key_scales.as_chunks_mut().0[slot] = key.scale().to_ne_bytes();
+                    value_scales.as_chunks_mut().0[slot] = value.scale().to_ne_bytes();
+                }
             }
         }
     }
 }
 
-/// Scatters `k` over column `slot` of a key tile and `v` over the start of `values`.
+/// Scatters `k` over column `slot` of a key tile.
 #[inline(always)]
-fn store<const N: usize>(
-    keys: &mut [u8],
-    values: &mut [u8],
-    slot: usize,
-    k: &[f32],
-    v: &[f32],
-    encode: impl Fn(f32) -> [u8; N],
-) {
-    for (row, &k) in keys.as_chunks_mut::<N>().0.chunks_exact_mut(BLOCK_TOKENS).zip(k) {
-        row[slot] = encode(k);
+fn store_key<const N: usize>(keys: &mut [u8], slot: usize, k: &[f32], encode: impl Encode<N>) {
+    let rows = keys.as_chunks_mut::<N>().0.as_chunks_mut::<BLOCK_TOKENS>().0;
+    for (rows, k) in rows.chunks_mut(16).zip(k.chunks(16)) {
+        // In two steps, for the first can be done side by side.
+        let mut codes = [[0; N]; 16];
+        for (code, &k) in codes.iter_mut().zip(k) {
+            *code = encode.encode(k);
+        }
+        for (row, code) in rows.iter_mut().zip(codes) {
+            row[slot] = code;
+        }
     }
-    for (cell, &v) in values.as_chunks_mut::<N>().0.iter_mut().zip(v) {
-        *cell = encode(v);
+}
+
+/// Writes `v` to row `slot` of a value tile.
+#[inline(always)]
+fn store_value<const N: usize>(values: &mut [u8], slot: usize, v: &[f32], encode: impl Encode<N>) {
+    let padded = v.len().next_multiple_of(16);
+    for (cell, &v) in values.as_chunks_mut::<N>().0[slot * padded..].iter_mut().zip(v) {
+        *cell = encode.encode(v);
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TileKind {
+    Keys,
+    Values,
 }
 
 /// The stored keys or values of one block, layer and head.
 #[derive(Clone, Copy)]
 pub(crate) struct KvTile<'a> {
-    bytes: &'a [u8],
+    codes: &'a [u8],
+    /// Of int8, one for each token.
+    scales: &'a [u8],
     dtype: KvDtype,
+    kind: TileKind,
 }
 
 impl KvTile<'_> {
-    /// Decodes the first `out.len()` elements.
+    /// Decodes every 16 elements that lie side by side to the start of the next `stride` values of `out`.
     #[inline(always)]
-    pub(crate) fn decode(&self, out: &mut [f32]) {
+    pub(crate) fn decode(&self, isa: Isa, out: &mut [f32], stride: usize) {
         match self.dtype {
             KvDtype::F32 => {
-                for (out, &bytes) in out.iter_mut().zip(self.bytes.as_chunks().0) {
-                    *out = f32::from_ne_bytes(bytes);
+                for (run, out) in self.codes.as_chunks().0.as_chunks::<16>().0.iter().zip(out.chunks_mut(stride)) {
+                    for (out, bytes) in out.iter_mut().zip(run) {
+                        *out = f32::from_ne_bytes(*bytes);
+                    }
                 }
             }
-            KvDtype::F16 => {
-                for (out, &bytes) in out.iter_mut().zip(self.bytes.as_chunks().0) {
-                    *out = math::f16_to_f32(u16::from_ne_bytes(bytes));
-                }
+            KvDtype::F16 => isa.widen_f16(self.codes.as_chunks().0, out, stride),
+            KvDtype::Int8 => self.decode_int8(out, stride),
+        }
+    }
+
+    #[inline(always)]
+    fn decode_int8(&self, out: &mut [f32], stride: usize) {
+        let mut scales = [0.0; BLOCK_TOKENS];
+        for (scale, bytes) in scales.iter_mut().zip(self.scales.as_chunks().0) {
+            *scale = f32::from_ne_bytes(*bytes);
+        }
+        let runs = self.codes.as_chunks::<16>().0;
+        let runs_per_token = runs.len() / BLOCK_TOKENS;
+        for (index, (run, out)) in runs.iter().zip(out.chunks_mut(stride)).enumerate() {
+            let scales = match self.kind {
+                TileKind::Keys => scales,
+                TileKind::Values => [scales[index / runs_per_token]; 16],
+            };
+            for ((out, code), scale) in out.iter_mut().zip(run).zip(scales) {
+                *out = Code::decode(*code, scale);
             }
         }
     }
-}
 
-#[inline(always)]
-fn f32_bytes(x: f32) -> [u8; 4] {
-    x.to_ne_bytes()
-}
-
-#[inline(always)]
-fn f16_bytes(x: f32) -> [u8; 2] {
-    f32_to_f16(x).to_ne_bytes()
-}
-
-/// Half-precision bits of `x`, rounded to nearest even, without a branch.
-#[inline(always)]
-fn f32_to_f16(x: f32) -> u16 {
-    const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
-    const TOO_LARGE: u32 = (127 + 16) << 23;
-    const REBIAS: u32 = (127 - 15) << 23;
-    const INFINITY: u32 = 255 << 23;
-    let magnitude = x.to_bits() & 0x7fff_ffff;
-    // Half of the last place kept, less one where that place is even: a carry out of the 13 bits dropped rounds up.
-    let normal = (magnitude.wrapping_sub(REBIAS).wrapping_add(0xfff).wrapping_add(magnitude >> 13 & 1)) >> 13;
-    // The last place of 0.5 is the smallest half, so the addition itself rounds to a multiple of it.
-    let denormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
-    let special = if magnitude > INFINITY { 0x7e00 } else { 0x7c00 };
-    let finite = if magnitude < SMALLEST_NORMAL { denormal } else { normal };
-    let half = if magnitude < TOO_LARGE { finite } else { special };
-    (half | (x.to_bits() >> 16 & 0x8000)) as u16
+    /// Asks for all of it to come near.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self) {
+        kernels::prefetch_all(self.codes);
+    }
 }
 
 /// Shape of the storage.
@@ -206,102 +298,26 @@ impl Geometry {
         self.head_dim.next_multiple_of(16)
     }
 
-    fn tile_bytes(&self) -> usize {
+    fn code_bytes(&self) -> usize {
         let element = match self.dtype {
             KvDtype::F32 => size_of::<f32>(),
             KvDtype::F16 => size_of::<u16>(),
+            KvDtype::Int8 => size_of::<i8>(),
         };
         BLOCK_TOKENS * self.padded_head_dim() * element
+    }
+
+    fn tile_bytes(&self) -> usize {
+        let scales = if self.dtype == KvDtype::Int8 { BLOCK_TOKENS * size_of::<f32>() } else { 0 };
+        self.code_bytes() + scales
     }
 
     fn block_bytes(&self) -> usize {
         2 * self.tile_bytes() * self.num_layers * self.num_kv_heads
     }
 
-    fn tile_offset(&self, block: BlockId, layer: usize, head: usize) -> usize {
-        ((block.index() * self.num_layers + layer) * self.num_kv_heads + head) * 2 * self.tile_bytes()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HEAD_DIM: usize = 6;
-
-    fn cache(dtype: KvDtype) -> KvCache {
-        let geometry = Geometry { num_layers: 2, num_kv_heads: 2, head_dim: HEAD_DIM, dtype };
-        KvCache::with_geometry(geometry, 3).expect("small")
-    }
-
-    fn decoded(tile: KvTile<'_>) -> Vec<f32> {
-        let mut out = vec![0.0; BLOCK_TOKENS * HEAD_DIM.next_multiple_of(16)];
-        tile.decode(&mut out);
-        out
-    }
-
-    #[test]
-    fn a_position_is_read_back_where_it_was_written_and_nowhere_else() {
-        for dtype in [KvDtype::F32, KvDtype::F16] {
-            let mut cache = cache(dtype);
-            let k: Vec<f32> = (0..2 * HEAD_DIM).map(|i| 1.0 + i as f32).collect();
-            let v: Vec<f32> = k.iter().map(|x| -x).collect();
-            cache.write(BlockId(1), 1, 16 + 5, &k, &v);
-            for (block, layer, head) in [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 1)] {
-                let written = (block, layer) == (1, 1);
-                let (keys, values) =
-                    (cache.keys(BlockId(block), layer, head), cache.values(BlockId(block), layer, head));
-                for (i, key) in decoded(keys).into_iter().enumerate() {
-                    let is_cell = written && i % 16 == 5 && i / 16 < HEAD_DIM;
-                    assert_eq!(key, if is_cell { k[head * HEAD_DIM + i / 16] } else { 0.0 });
-                }
-                for (i, value) in decoded(values).into_iter().enumerate() {
-                    let is_cell = written && i / 16 == 5 && i % 16 < HEAD_DIM;
-                    assert_eq!(value, if is_cell { v[head * HEAD_DIM + i % 16] } else { 0.0 });
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn half_precision_rounds_on_write_and_keeps_what_is_not_finite() {
-        let mut cache = cache(KvDtype::F16);
-        let k = [1.0 + f32::EPSILON, 0.1, 65_520.0, -1e-9, f32::NAN, f32::NEG_INFINITY];
-        cache.write(BlockId(0), 0, 0, &k, &k);
-        let read = &decoded(cache.values(BlockId(0), 0, 0))[..HEAD_DIM];
-        assert_eq!(read[..4], [1.0, 0.099_975_586, f32::INFINITY, -0.0]);
-        assert!(read[4].is_nan() && read[5] == f32::NEG_INFINITY);
-    }
-
-    #[test]
-    fn half_precision_is_rounded_as_the_reference_does() {
-        let halves = (0..=u16::MAX).map(half::f16::from_bits).filter(|half| half.is_finite());
-        for exact in halves.map(f32::from) {
-            let next = exact.to_bits() + 0x1000; // halfway to the next half, where this one is normal
-            for bits in [exact.to_bits(), next, next - 1, next + 1, next ^ 0x8000_0000] {
-                let x = f32::from_bits(bits);
-                assert_eq!(f32_to_f16(x), half::f16::from_f32(x).to_bits(), "{x:e}");
-            }
-        }
-        for x in [65_519.99, 65_520.0, 1e30, f32::MIN_POSITIVE, 2.98e-8, 2.99e-8, 5.97e-8, 6.1e-5, f32::INFINITY] {
-            assert_eq!(f32_to_f16(x), half::f16::from_f32(x).to_bits(), "{x:e}");
-        }
-    }
-
-    #[test]
-    fn a_copied_block_is_equal_and_independent() {
-        let mut cache = cache(KvDtype::F16);
-        let (ones, twos) = ([1.0; 2 * HEAD_DIM], [2.0; 2 * HEAD_DIM]);
-        cache.write(BlockId(0), 1, 3, &ones, &ones);
-        cache.copy_block(BlockId(0), BlockId(2));
-        cache.write(BlockId(0), 1, 3, &twos, &twos);
-        assert_eq!(decoded(cache.keys(BlockId(2), 1, 1))[3], 1.0);
-        assert_eq!(decoded(cache.keys(BlockId(0), 1, 1))[3], 2.0);
-    }
-
-    #[test]
-    fn an_impossible_size_is_an_error() {
-        let geometry = Geometry { num_layers: 2, num_kv_heads: 2, head_dim: HEAD_DIM, dtype: KvDtype::F16 };
-        assert!(KvCache::with_geometry(geometry, usize::MAX / 2).is_err());
+    /// Tiles of a block before the keys of `layer` and `head`.
+    fn num_tiles_before(&self, layer: usize, head: usize) -> usize {
+        2 * (layer * self.num_kv_heads + head)
     }
 }

@@ -20,7 +20,8 @@ const DECODED: usize = 3;
 
 #[test]
 fn logits_depend_on_no_kernel_no_packing_and_no_number_of_threads() {
-    for (model, dtype) in [("p1_packed", KvDtype::F32), ("p1_packed", KvDtype::F16), ("p3_llama", KvDtype::F16)] {
+    let (single, half, byte) = (KvDtype::F32, KvDtype::F16, KvDtype::Int8);
+    for (model, dtype) in [("p1_packed", single), ("p1_packed", half), ("p1_packed", byte), ("p3_llama", half)] {
         let checkpoint = open(&golden(model));
         let reference = hash_of_logits(&checkpoint, dtype, setup("auto", 1), 8, 512);
         for kernel in kernels::available() {
@@ -37,7 +38,8 @@ fn logits_depend_on_no_kernel_no_packing_and_no_number_of_threads() {
 
 #[test]
 fn logits_depend_on_no_batch_and_no_chunk() {
-    for (model, dtype) in [("p2_master", KvDtype::F16), ("p4_silu", KvDtype::F32), ("p4_silu", KvDtype::F16)] {
+    let (single, half, byte) = (KvDtype::F32, KvDtype::F16, KvDtype::Int8);
+    for (model, dtype) in [("p2_master", half), ("p2_master", byte), ("p4_silu", single), ("p4_silu", half)] {
         let checkpoint = open(&golden(model));
         let reference = hash_of_logits(&checkpoint, dtype, setup("auto", 1), 2, 33);
         for batch in BATCHES {
@@ -52,9 +54,20 @@ fn logits_depend_on_no_batch_and_no_chunk() {
 #[test]
 fn the_cache_type_is_seen() {
     let checkpoint = open(&golden("p1_packed"));
-    let [single, half] =
-        [KvDtype::F32, KvDtype::F16].map(|dtype| hash_of_logits(&checkpoint, dtype, setup("auto", 1), 8, 512));
-    assert_ne!(single, half);
+    let [single, half, byte] = [KvDtype::F32, KvDtype::F16, KvDtype::Int8]
+        .map(|dtype| hash_of_logits(&checkpoint, dtype, setup("auto", 1), 8, 512));
+    assert!(single != half && half != byte && byte != single);
+}
+
+#[test]
+fn a_cache_of_bytes_stays_near_one_of_singles() {
+    let checkpoint = open(&golden("p1_packed"));
+    let ids = tokens(3, 300);
+    let [single, byte] = [KvDtype::F32, KvDtype::Int8]
+        .map(|dtype| Engine::new(&checkpoint, dtype, setup("auto", 1)).all_logits(&ids, 64).concat());
+    let rms = |values: &mut dyn Iterator<Item = f32>| (values.map(|x| f64::from(x * x)).sum::<f64>()).sqrt();
+    let distance = rms(&mut single.iter().zip(&byte).map(|(a, b)| a - b)) / rms(&mut single.iter().copied());
+    assert!(distance < 0.1, "{distance}");
 }
 
 #[test]
@@ -63,9 +76,11 @@ fn weights_that_are_not_finite_reach_the_logits() {
         for poison in [attn_norm, ffn_norm, output_norm] {
             let mut checkpoint = open(&golden("p1_packed"));
             poison(&mut checkpoint, bad);
-            let mut engine = Engine::new(&checkpoint, KvDtype::F16, setup("auto", 2));
-            for row in engine.all_logits(&tokens(0, 20), 16) {
-                assert!(row.iter().all(|logit| !logit.is_finite()), "{bad}");
+            for dtype in [KvDtype::F16, KvDtype::Int8] {
+                let mut engine = Engine::new(&checkpoint, dtype, setup("auto", 2));
+                for row in engine.all_logits(&tokens(0, 20), 16) {
+                    assert!(row.iter().all(|logit| !logit.is_finite()), "{bad} {dtype:?}");
+                }
             }
         }
     }

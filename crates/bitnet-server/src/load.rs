@@ -12,7 +12,7 @@ use bitnet_core::{
     checkpoint::{FileSummary, GenerationDefaults, I2sLayout, ModelConfig, TokenizerSource},
     kernels::{self, KernelError, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache},
-    model::{ModelOptions, Workspace},
+    model::{ModelOptions, SparseFfn, Workspace},
     threads::WorkerPool,
     tokenizer::TokenizerError,
 };
@@ -39,6 +39,8 @@ pub struct LoadSettings {
     pub kernel: Option<String>,
     /// Arrangement of the weights; `None` measures which is the fastest.
     pub packing: Option<PackedLayout>,
+    /// Copies of weights that let a single stream skip channels.
+    pub sparse_ffn: SparseFfn,
     /// Physical layout of I2_S tensors.
     pub i2s_layout: I2sLayout,
 }
@@ -50,6 +52,7 @@ impl LoadSettings {
             threads: config.threads,
             kernel: config.kernel.clone(),
             packing: config.packing,
+            sparse_ffn: config.sparse_ffn,
             i2s_layout: config.i2s_layout,
         }
     }
@@ -76,6 +79,8 @@ pub struct LoadedModel {
     pub generation: GenerationDefaults,
     /// For the metrics.
     pub info: ModelInfo,
+    /// Every kernel of this CPU, and whether it passed its self-test.
+    pub kernels: Vec<(&'static str, bool)>,
     /// Bytes of all weight files.
     pub file_bytes: u64,
     /// How long it took.
@@ -138,8 +143,10 @@ pub fn load_checkpoint(
     for note in &checkpoint.notes {
         tracing::warn!("{note}");
     }
-    let kernel = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
-    let options = ModelOptions { packing: supported(settings.packing, kernel)?, ..ModelOptions::default() };
+    let tested = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
+    let kernel = tested.kernel;
+    let packing = supported(settings.packing, kernel)?;
+    let options = ModelOptions { packing, sparse_ffn: settings.sparse_ffn, ..ModelOptions::default() };
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
     let tokenizer = Arc::new(Tokenizer::from_source(source)?);
     let generation = checkpoint.generation.clone();
@@ -149,6 +156,7 @@ pub fn load_checkpoint(
     };
     let mut pool = WorkerPool::new(settings.threads);
     let model = Model::load_with(&checkpoint, kernel, &options, &mut pool, progress)?;
+    model.self_test(&mut pool).map_err(|failure| KernelError::Unsound { name: kernel.name().to_owned(), failure })?;
     let packing = model.packing().name();
     tracing::info!(kernel = kernel.name(), packing, threads = settings.threads, "model loaded");
     Ok(LoadedModel {
@@ -161,6 +169,7 @@ pub fn load_checkpoint(
         eos: eos.or(generation.stop_tokens.first().copied()),
         generation,
         info: model_info(&checkpoint.config, &checkpoint.summary),
+        kernels: tested.results.iter().map(|(name, result)| (*name, result.is_ok())).collect(),
         file_bytes: checkpoint.summary.file_bytes,
         load_time: start.elapsed(),
     })
@@ -203,7 +212,7 @@ pub fn start_service(
     filter: Option<ContentFilter>,
     metrics: &Arc<Metrics>,
 ) -> Result<(Service, EngineThread), LoadFailure> {
-    let LoadedModel { name, description, model, pool, tokenizer, chat_template, eos, generation, .. } = loaded;
+    let LoadedModel { name, description, model, pool, tokenizer, chat_template, eos, generation, kernels, .. } = loaded;
     let geometry = model.config().clone();
     let kernel = model.kernel_name();
     let limit_bytes = config.memory_limit_bytes.or_else(detected_memory_limit);
@@ -214,6 +223,7 @@ pub fn start_service(
 
     metrics.set_model_info(&loaded.info);
     metrics.set_build_info(kernel);
+    metrics.set_kernels(&kernels);
     metrics.set_model_load_seconds(loaded.load_time.as_secs_f64());
     let (engine, thread) = Engine::start(model, pool, &engine_config, Arc::clone(metrics))?;
     let identity = [env!("CARGO_PKG_VERSION"), &name, &geometry.architecture, &loaded.file_bytes.to_string()];
@@ -225,6 +235,7 @@ pub fn start_service(
             max_model_len,
             vocab_size: geometry.vocab_size,
             kernel: kernel.to_owned(),
+            failed_kernels: kernels.iter().filter(|(_, passed)| !passed).map(|(name, _)| (*name).to_owned()).collect(),
             fingerprint: fingerprint(&identity),
         },
         prompter,

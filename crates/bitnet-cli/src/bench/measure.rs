@@ -1,9 +1,14 @@
-//! Running a case: the same calls a step of the server makes, timed, the median of some rounds.
+//! Running a case: the same calls a step of the server makes, timed, the median of some rounds. The limits of the machine
+//! are sampled before and after every round, by the same workers, and a round's share is that of its own limit.
 
 use std::{io, time::Instant};
 
 use bitnet_core::{
     Batch, BlockId, Model, TokenId,
+    kernels::{
+        TernaryKernel,
+        limits::{Limits, Ruler},
+    },
     kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
     model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, SamplingParams},
@@ -15,13 +20,19 @@ use super::cases::{Case, DECODED_TOKENS};
 /// Tokens of a step, as in the server.
 const MAX_BATCH_TOKENS: usize = 512;
 /// Rounds of which the median counts.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
+/// Rounds at most: one during which the machine changed is taken again while there are more than enough left.
+const MAX_ROUNDS: usize = 10;
+/// How far the limits before and after a round may lie apart.
+const STEADY: f64 = 0.9;
 /// Tokens that are really computed to fill a context; the rest are copies, which cost as much to read.
 const FILLED_TOKENS: usize = 256;
 
 /// A model and all it needs to run.
 pub(super) struct Bench {
     model: Model,
+    kernel: &'static dyn TernaryKernel,
+    ruler: Ruler,
     kv: KvCache,
     workspace: Workspace,
     sampler: Sampler,
@@ -34,6 +45,9 @@ pub(super) struct Measured {
     pub(super) tokens_per_s: f64,
     pub(super) bytes_per_token: f64,
     pub(super) macs_per_token: f64,
+    pub(super) share_of_limit: f64,
+    /// The machine of the round that counts.
+    pub(super) limits: Limits,
 }
 
 /// The sequences of a case: their tokens' next position and their blocks.
@@ -48,34 +62,59 @@ impl Bench {
     ///
     /// # Errors
     /// When the system refuses the cache.
-    pub(super) fn new(model: Model, pool: WorkerPool, kv_dtype: KvDtype, cases: &[Case]) -> io::Result<Self> {
+    pub(super) fn new(
+        model: Model,
+        kernel: &'static dyn TernaryKernel,
+        pool: WorkerPool,
+        kv_dtype: KvDtype,
+        cases: &[Case],
+    ) -> io::Result<Self> {
         let most = |of: fn(&Case) -> usize| cases.iter().map(of).max().unwrap_or(1);
         let num_blocks = most(|case| case.batch() * blocks_of(case));
         let max_context = most(|case| case.context() + case.tokens());
         let kv = KvCache::new(&model, num_blocks, kv_dtype)?;
-        let workspace = Workspace::new(&model, MAX_BATCH_TOKENS.max(most(Case::batch)), max_context, pool);
+        let mut workspace = Workspace::new(&model, MAX_BATCH_TOKENS.max(most(Case::batch)), max_context, pool);
         workspace.pin_caller();
+        let ruler = Ruler::new(kernel, workspace.pool_mut());
         let sampler = Sampler::new(model.config().vocab_size);
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        Ok(Self { model, kv, workspace, sampler, greedy })
+        Ok(Self { model, kernel, ruler, kv, workspace, sampler, greedy })
     }
 
     pub(super) fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Runs `case` once to warm up and then some rounds.
+    /// Runs `case` once to warm up and then some rounds. The one with the median share of its limit counts.
     pub(super) fn measure(&mut self, case: &Case) -> Measured {
         let sequences = self.prepare(case);
-        let mut seconds: Vec<f64> = (0..=ROUNDS).map(|_| self.round(case, &sequences)).skip(1).collect();
-        seconds.sort_unstable_by(f64::total_cmp);
         let num_tokens = (case.batch() * case.tokens()) as f64;
         let (bytes, macs) = self.cost(case);
-        Measured {
-            tokens_per_s: num_tokens / seconds[ROUNDS / 2],
-            bytes_per_token: bytes / num_tokens,
-            macs_per_token: macs / num_tokens,
+        let (bytes_per_token, macs_per_token) = (bytes / num_tokens, macs / num_tokens);
+        self.round(case, &sequences);
+        let mut before = self.sample();
+        let mut rounds = Vec::with_capacity(ROUNDS);
+        for attempt in 0..MAX_ROUNDS {
+            let tokens_per_s = num_tokens / self.round(case, &sequences);
+            let after = self.sample();
+            let [first, last] = [before, after].map(|limits| limits.tokens_per_s(bytes_per_token, macs_per_token));
+            let is_needed = MAX_ROUNDS - attempt <= ROUNDS - rounds.len();
+            if is_needed || first.min(last) >= STEADY * first.max(last) {
+                let limits = before.better(&after);
+                let share_of_limit = tokens_per_s / limits.tokens_per_s(bytes_per_token, macs_per_token);
+                rounds.push(Measured { tokens_per_s, bytes_per_token, macs_per_token, share_of_limit, limits });
+            }
+            if rounds.len() == ROUNDS {
+                break;
+            }
+            before = after;
         }
+        rounds.sort_unstable_by(|a, b| a.share_of_limit.total_cmp(&b.share_of_limit));
+        rounds[ROUNDS / 2]
+    }
+
+    fn sample(&mut self) -> Limits {
+        self.ruler.sample(self.kernel, self.workspace.pool_mut())
     }
 
     /// Bytes read and int8 multiply-accumulates of a round. K and V count where they are read anew for every token, in

@@ -5,7 +5,15 @@
 //! vector width from plain Rust: the operation is inlined into a function compiled for the instruction set, where its loops
 //! over `[f32; 16]` and `f32::mul_add` become vector code. Rust neither reorders nor contracts floating point, so the bits
 //! are the same in every instruction set.
+//!
+//! Where plain Rust cannot name the instruction ([`Isa::widen_f16`]) there is one function an instruction set, and a test that
+//! they agree.
 #![allow(unsafe_code)]
+
+use super::math;
+
+/// Values that [`Isa::widen_f16`] writes side by side.
+const RUN: usize = 16;
 
 /// An instruction set this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +70,40 @@ impl Isa {
         std::iter::once(Self::BASELINE).chain(detected.into_iter().flatten()).collect()
     }
 
+    /// Whether there are 32 registers of 16 floats, rather than 16 of at most 8: how large tiles of sums may be.
+    #[inline]
+    pub fn is_wide(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Level::Avx512;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// The values of half-precision bits, exactly: each 16 of them go to the start of the next `stride` values of
+    /// `out`, whose others stay. (Of a NaN only that it is one is certain.)
+    ///
+    /// # Panics
+    /// When `stride` is less than a run or `out` has no place for a whole run.
+    pub fn widen_f16(self, halves: &[[u8; 2]], out: &mut [f32], stride: usize) {
+        assert!(stride >= RUN && halves.len() / RUN * stride <= out.len() + stride - RUN, "a place for every run");
+        let runs = halves.as_chunks::<RUN>().0;
+        match self.0 {
+            Level::Baseline => {
+                for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
+                    for (out, half) in out.iter_mut().zip(run) {
+                        *out = math::f16_to_f32(u16::from_ne_bytes(*half));
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level comes out of `avx2_fma` alone, which checked every feature enabled there.
+            Level::Avx2Fma => unsafe { widen_f16_avx2(runs, out, stride) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level comes out of `avx512` alone, which checked every feature enabled there.
+            Level::Avx512 => unsafe { widen_f16_avx512(runs, out, stride) },
+        }
+    }
+
     /// Runs `operation` compiled for this instruction set.
     #[inline]
     pub fn run<O: FloatOp>(self, operation: O) -> O::Output {
@@ -87,4 +129,51 @@ fn run_avx2_fma<O: FloatOp>(operation: O) -> O::Output {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 fn run_avx512<O: FloatOp>(operation: O) -> O::Output {
     operation.call()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_f16_avx2(runs: &[[[u8; 2]; RUN]], out: &mut [f32], stride: usize) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+    for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
+        let out = out.first_chunk_mut::<RUN>().expect("a whole run");
+        for (halves, out) in run.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<8>().0) {
+            // SAFETY: 8 halves are 128 bits, and 8 floats 256; neither need be aligned.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()))) };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn widen_f16_avx512(runs: &[[[u8; 2]; RUN]], out: &mut [f32], stride: usize) {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+    for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
+        let out = out.first_chunk_mut::<RUN>().expect("a whole run");
+        // SAFETY: 16 halves are 256 bits, and 16 floats 512; neither need be aligned.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(run.as_ptr().cast()))) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_widens_every_half_alike_and_leaves_the_gaps() {
+        let halves: Vec<_> = (0..=u16::MAX).map(u16::to_ne_bytes).collect();
+        for isa in Isa::available() {
+            for stride in [RUN, 20, 32] {
+                let mut out = vec![7.0; halves.len() / RUN * stride - (stride - RUN)];
+                isa.widen_f16(&halves, &mut out, stride);
+                for (run, out) in halves.chunks(RUN).zip(out.chunks(stride)) {
+                    for (half, &out) in run.iter().zip(out) {
+                        let exact = half::f16::from_ne_bytes(*half).to_f32();
+                        assert!(out.to_bits() == exact.to_bits() || out.is_nan() && exact.is_nan(), "{isa:?} {half:?}");
+                    }
+                    assert!(out[RUN..].iter().all(|&gap| gap == 7.0), "{isa:?}");
+                }
+            }
+        }
+    }
 }

@@ -1,58 +1,98 @@
 //! What the machine can do at most: how fast memory delivers and how fast a kernel's dot-product instruction multiplies.
 //! Every speed is judged as a share of these, taken in the same process.
+//!
+//! How it is measured, so that it can be trusted:
+//! 1. By the very workers that run the model, pinned as they are then.
+//! 2. A sample reads all of [`READ_BYTES`], some ten milliseconds without a pause, about as long as a step of a model: a
+//!    shorter one could be flattered by what caches and memory controllers still hold.
+//! 3. A virtual machine's speed changes with its neighbours and with the cores it is moved to (48 and 78 GB/s were seen by
+//!    turns on one machine, seconds each), so samples are taken before and after each thing that is measured: what it is
+//!    compared with must be the machine of the same moment. Of the two the better one counts, for whatever disturbs a
+//!    sample makes it slower, and a limit that is too low would praise us.
+//! 4. Multiplications run on registers, with more independent sums than their latency times their rate.
 
 use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
 
 use super::{FloatOp, TernaryKernel, packing::huge_pages, prefetch};
 use crate::threads::{SharedRows, WorkerPool};
 
-/// Larger than the last-level cache of most machines, so that hardly any of it is still there in the next round.
-const READ_BYTES: usize = 256 << 20;
-/// Timed at once: long against the start of a phase, short against whatever else runs on the machine.
-const WINDOW_BYTES: usize = 32 << 20;
+/// Many times the last-level cache of most machines, so that hardly any of it is still there in the next sample.
+const READ_BYTES: usize = 512 << 20;
 /// The granularity of shares.
 const BLOCK_BYTES: usize = 4096;
 /// How far ahead the blocks are asked for, as by the kernels.
 const AHEAD_BYTES: usize = 8192;
-/// Rounds of which the best one counts: everything that disturbs a measurement makes it slower.
-const ROUNDS: u32 = 5;
+/// How long multiplications are timed in a sample, in nanoseconds: starting and ending a phase, a microsecond, does not show.
+const MULTIPLY_NANOS: u128 = 5_000_000;
 
 /// What memory is filled with: codes of weights in every layout.
 const FILL: u8 = 0x55;
 
-/// Bytes a second that all workers of `pool` read together from memory.
-///
-/// # Panics
-/// When memory is exhausted.
-pub fn read_bytes_per_s(pool: &mut WorkerPool) -> f64 {
-    let mut memory = huge_pages(READ_BYTES);
-    touch(&mut memory, pool);
-    let isa = super::available().last().expect("the scalar kernel is always there").isa();
-    let mut windows = memory.chunks_exact(WINDOW_BYTES).cycle();
-    let seconds = best_of(ROUNDS * (READ_BYTES / WINDOW_BYTES) as u32, || {
-        let window = windows.next().expect("a cycle has no end");
-        pool.run(&|worker| {
-            let share = worker.share(WINDOW_BYTES, BLOCK_BYTES);
-            std::hint::black_box(isa.run(Sum(&window[share])));
-        });
-    });
-    WINDOW_BYTES as f64 / seconds
+/// What the machine can do at most, at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes a second that all workers read together from memory.
+    pub read_bytes_per_s: f64,
+    /// Multiply-accumulates a second that all workers reach together with the kernel's dot product of bytes.
+    pub int8_macs_per_s: f64,
 }
 
-/// Multiply-accumulates a second that all workers of `pool` reach together with `kernel`'s dot product of bytes, operands
-/// and sums in registers.
-pub fn int8_macs_per_s(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> f64 {
-    // Rounds enough that starting and ending a phase, a microsecond, do not show.
-    let start = Instant::now();
-    kernel.multiply_registers(1000);
-    let rounds = 1000 * (10_000_000 / start.elapsed().as_nanos().max(1)).clamp(1, 1000) as u32;
-    let macs = kernel.multiply_registers(1) * u64::from(rounds) * pool.num_threads() as u64;
-    let seconds = best_of(ROUNDS, || {
-        pool.run(&|_| {
-            std::hint::black_box(kernel.multiply_registers(rounds));
+impl Limits {
+    /// The better of each.
+    pub fn better(&self, other: &Self) -> Self {
+        Self {
+            read_bytes_per_s: self.read_bytes_per_s.max(other.read_bytes_per_s),
+            int8_macs_per_s: self.int8_macs_per_s.max(other.int8_macs_per_s),
+        }
+    }
+
+    /// Tokens a second that no engine can pass that reads so many bytes and multiplies so many weights for each.
+    pub fn tokens_per_s(&self, bytes_per_token: f64, macs_per_token: f64) -> f64 {
+        1.0 / (bytes_per_token / self.read_bytes_per_s).max(macs_per_token / self.int8_macs_per_s)
+    }
+}
+
+/// Takes samples of the limits.
+#[derive(Debug)]
+pub struct Ruler {
+    memory: MmapMut,
+    /// Of `multiply_registers` in a sample.
+    rounds: u32,
+}
+
+impl Ruler {
+    /// Takes the memory that is read.
+    ///
+    /// # Panics
+    /// When memory is exhausted.
+    pub fn new(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Self {
+        let mut memory = huge_pages(READ_BYTES);
+        touch(&mut memory, pool);
+        let start = Instant::now();
+        kernel.multiply_registers(1000);
+        let rounds = 1000 * (MULTIPLY_NANOS / start.elapsed().as_nanos().max(1)).clamp(1, 10_000) as u32;
+        Self { memory, rounds }
+    }
+
+    /// Measures both limits; takes some ten milliseconds.
+    pub fn sample(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Limits {
+        let isa = super::available().last().expect("the scalar kernel is always there").isa();
+        let read_seconds = best_of(1, || {
+            pool.run(&|worker| {
+                let share = worker.share(READ_BYTES, BLOCK_BYTES);
+                std::hint::black_box(isa.run(Sum(&self.memory[share])));
+            });
         });
-    });
-    macs as f64 / seconds
+        let macs = kernel.multiply_registers(1) * u64::from(self.rounds) * pool.num_threads() as u64;
+        let multiply_seconds = best_of(1, || {
+            pool.run(&|_| {
+                std::hint::black_box(kernel.multiply_registers(self.rounds));
+            });
+        });
+        Limits { read_bytes_per_s: READ_BYTES as f64 / read_seconds, int8_macs_per_s: macs as f64 / multiply_seconds }
+    }
 }
 
 /// Writes every page, in parallel: memory never written is one page of zeros that stays in the cache.

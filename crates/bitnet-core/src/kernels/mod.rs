@@ -12,18 +12,20 @@ pub mod packing;
 mod scalar;
 pub mod screen;
 mod self_test;
+pub mod sparse;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use std::sync::LazyLock;
+use std::{ops::Range, sync::LazyLock};
 
 pub use autotune::autotune;
 pub use isa::{FloatOp, Isa};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
 use screen::{PanelBounds, ScreenRows, SplitActivations};
 pub use self_test::{SelfTestFailure, self_test};
+use sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS, MultiplyColumns, MultiplyRows};
 
 use crate::{
     quant::{activation::QuantizedActivations, screen::SplitRow},
@@ -71,6 +73,39 @@ pub trait TernaryKernel: Send + Sync + 'static {
         radii: &mut ColumnsMut<'_>,
     );
 
+    /// `out[channel - first] = (w[channel] . x as f32) / s * scale` for the `channels` alone, ascending, of one token.
+    ///
+    /// # Panics
+    /// When the shapes do not agree or a channel is outside `first..first + out.len()`.
+    fn gemv_channels(
+        &self,
+        w: &ChannelRows,
+        channels: &[u32],
+        first: usize,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_channels(w, x);
+        self.isa().run(MultiplyRows { w, channels, first, x, out });
+    }
+
+    /// `out = (w . x as f32) / s * scale` for the outputs of `lines` of [`LINE_WEIGHTS`] each, where `active` lists the
+    /// codes of `x` that are not zero, of one token.
+    ///
+    /// # Panics
+    /// When the shapes do not agree.
+    fn gemv_active(
+        &self,
+        w: &ChannelColumns,
+        active: &ActiveChannels,
+        lines: Range<usize>,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_active(w, &lines, x, out);
+        self.isa().run(MultiplyColumns { w, active, lines, x, out });
+    }
+
     /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
     /// and returns the multiply-accumulates done: the speed no product can pass.
     fn multiply_registers(&self, rounds: u32) -> u64;
@@ -100,12 +135,21 @@ pub fn select(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
     }
 }
 
+/// A kernel that passed its self-test on this CPU.
+#[derive(Clone)]
+pub struct TestedKernel {
+    /// The choice.
+    pub kernel: &'static dyn TernaryKernel,
+    /// What every kernel of this CPU gave, in the order of [`available`].
+    pub results: Vec<(&'static str, Result<(), SelfTestFailure>)>,
+}
+
 /// As [`select`], but only a kernel that passes its self-test on this CPU. `auto` passes over those that fail, each with a
 /// log line; takes some milliseconds.
 ///
 /// # Errors
 /// As [`select`], and when the kernel asked for, or every kernel, fails.
-pub fn select_tested(name: &str) -> Result<&'static dyn TernaryKernel, KernelError> {
+pub fn select_tested(name: &str) -> Result<TestedKernel, KernelError> {
     select(name)?;
     let results = self_test();
     for (kernel, result) in &results {
@@ -113,7 +157,13 @@ pub fn select_tested(name: &str) -> Result<&'static dyn TernaryKernel, KernelErr
             tracing::error!(kernel, %failure, "a kernel fails its self-test on this CPU and is not used");
         }
     }
-    fastest_sound(name, &results)
+    Ok(TestedKernel { kernel: fastest_sound(name, &results)?, results })
+}
+
+impl std::fmt::Debug for TestedKernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestedKernel").field("kernel", &self.kernel.name()).field("results", &self.results).finish()
+    }
 }
 
 /// The fastest kernel that is called `name`, or any for `auto`, and whose result (in the order of [`available`]) is good.
@@ -195,6 +245,14 @@ fn prefetch(address: *const u8) {
     let _ = address;
 }
 
+/// [`prefetch`] of all of `bytes`.
+#[inline(always)]
+pub(crate) fn prefetch_all(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        prefetch(line.as_ptr());
+    }
+}
+
 /// What every kernel's pointer arithmetic relies on, checked once per product.
 fn check_gemv<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
     assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());
@@ -220,6 +278,20 @@ fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &Column
             "shapes of a screen"
         );
     }
+}
+
+/// As [`check_gemv`].
+fn check_channels(w: &ChannelRows, x: &QuantizedActivations<'_>) {
+    assert_eq!((x.num_tokens(), x.cols()), (1, w.cols()), "shapes of a product of some rows");
+}
+
+/// As [`check_gemv`].
+fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivations<'_>, out: &[f32]) {
+    assert_eq!(
+        (x.num_tokens(), x.cols(), out.len()),
+        (1, w.channels(), lines.len() * LINE_WEIGHTS),
+        "shapes of a product of some columns"
+    );
 }
 
 /// Writes what the sums of a panel's rows with one token's high and low halves say.

@@ -1,10 +1,13 @@
 //! The test every kernel passes before it serves: products whose results are known from their definition, on the very CPU
 //! that will compute them. An untested CPU, emulator or compiler otherwise shows as fluent nonsense.
 
+use std::convert::Infallible;
+
 use super::{
     TernaryKernel, available,
     packing::{PackedLayout, PackedTernary},
     screen::{ScreenInputs, ScreenMatrix},
+    sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS},
 };
 use crate::{
     quant::activation::ActivationBuffer,
@@ -15,7 +18,7 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("wrong {operation} of {rows} x {cols} weights and {num_tokens} tokens")]
 pub struct SelfTestFailure {
-    /// What was computed: `2bit product`, `1.6bit product` or `screen`.
+    /// What was computed: `2bit product`, `1.6bit product`, `screen` or `sparse product`.
     pub operation: String,
     /// Rows of the weights.
     pub rows: usize,
@@ -43,7 +46,9 @@ pub(super) fn test(kernel: &dyn TernaryKernel) -> Result<(), SelfTestFailure> {
     for (weight, x) in [(1, 1.0), (1, -1.0), (-1, 1.0), (-1, -1.0)] {
         test_case(&Case::constant(33, 2560, weight, x), kernel, &mut pool)?;
     }
-    test_case(&Case::mixed(33, 8640, 1), kernel, &mut pool)
+    test_case(&Case::mixed(33, 8640, 1), kernel, &mut pool)?;
+    let case = Case::mixed(LINE_WEIGHTS, 2 * LINE_WEIGHTS, 1);
+    if is_sparse_right(&case, kernel, &mut pool) { Ok(()) } else { Err(case.failure("sparse product".to_owned())) }
 }
 
 /// `weights: [rows, cols]`, `x: [num_tokens, cols]`.
@@ -72,26 +77,30 @@ impl Case {
     fn constant(rows: usize, cols: usize, weight: i8, x: f32) -> Self {
         Self { rows, cols, num_tokens: 2, weights: vec![weight; rows * cols], x: vec![x; 2 * cols] }
     }
+
+    fn failure(&self, operation: String) -> SelfTestFailure {
+        SelfTestFailure { operation, rows: self.rows, cols: self.cols, num_tokens: self.num_tokens }
+    }
+
+    fn decode(&self, row: usize, out: &mut [i8]) -> Result<(), Infallible> {
+        out.copy_from_slice(&self.weights[row * self.cols..][..self.cols]);
+        Ok(())
+    }
 }
 
 fn test_case(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Result<(), SelfTestFailure> {
-    let &Case { rows, cols, num_tokens, .. } = case;
-    let failure = |operation: String| SelfTestFailure { operation, rows, cols, num_tokens };
     for &layout in kernel.layouts() {
         if !is_product_right(case, layout, kernel, pool) {
-            return Err(failure(format!("{} product", layout.name())));
+            return Err(case.failure(format!("{} product", layout.name())));
         }
     }
-    if is_screen_right(case, kernel, pool) { Ok(()) } else { Err(failure("screen".to_owned())) }
+    if is_screen_right(case, kernel, pool) { Ok(()) } else { Err(case.failure("screen".to_owned())) }
 }
 
 fn is_product_right(case: &Case, layout: PackedLayout, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
     const SCALE: f32 = 0.75;
     let &Case { rows, cols, num_tokens, .. } = case;
-    let decode = |row: usize, out: &mut [i8]| {
-        out.copy_from_slice(&case.weights[row * cols..][..cols]);
-        Ok::<(), std::convert::Infallible>(())
-    };
+    let decode = |row: usize, out: &mut [i8]| case.decode(row, out);
     let Ok(packed) = PackedTernary::pack(rows, cols, SCALE, layout, pool, &decode);
     let mut buffer = ActivationBuffer::new(num_tokens, cols);
     for (token, x) in case.x.chunks_exact(cols).enumerate() {
@@ -113,6 +122,27 @@ fn is_product_right(case: &Case, layout: PackedLayout, kernel: &dyn TernaryKerne
     })
 }
 
+/// The same product by every second row, and by the columns whose code is not zero.
+fn is_sparse_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
+    let &Case { rows, cols, .. } = case;
+    let decode = |row: usize, out: &mut [i8]| case.decode(row, out);
+    let mut buffer = ActivationBuffer::new(1, cols);
+    buffer.quantize_row(0, &case.x);
+    let x = buffer.view(1, cols);
+    let Ok(packed) = PackedTernary::pack(rows, cols, 0.75, kernel.layout(), pool, &decode);
+    let (mut expected, mut some, mut all) = (vec![f32::NAN; rows], vec![0.0; rows], vec![f32::NAN; rows]);
+    kernel.gemv(&packed.slice(0..rows), &x, &mut expected);
+    let Ok(by_row) = ChannelRows::pack((rows, cols), 0.75, pool, &decode);
+    let channels: Vec<_> = (0..rows as u32).step_by(2).collect();
+    kernel.gemv_channels(&by_row, &channels, 0, &x, &mut some);
+    let Ok(by_column) = ChannelColumns::pack((rows, cols), 0.75, pool, &decode);
+    let mut active = ActiveChannels::new(cols);
+    active.set(&x.codes(0)[..cols]);
+    kernel.gemv_active(&by_column, &active, 0..rows / LINE_WEIGHTS, &x, &mut all);
+    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+    some.iter().zip(&expected).step_by(2).all(same) && all.iter().zip(&expected).all(same)
+}
+
 /// The exact value of every row lies inside its bounds, and these are narrow.
 fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
     let &Case { rows, cols, num_tokens, .. } = case;
@@ -120,7 +150,7 @@ fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPoo
         for (out, (&weight, x)) in out.iter_mut().zip(case.weights[row * cols..].iter().zip(&case.x)) {
             *out = f32::from(weight) + x / 128.0;
         }
-        Ok::<(), std::convert::Infallible>(())
+        Ok::<(), Infallible>(())
     };
     let Ok(matrix) = ScreenMatrix::pack(rows, cols, kernel.isa(), pool, &decode);
     let mut inputs = ScreenInputs::new(num_tokens, cols);

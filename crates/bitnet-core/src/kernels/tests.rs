@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod screen;
+mod sparse;
 
 use std::convert::Infallible;
 
@@ -203,9 +204,9 @@ fn every_combination_of_five_trits_comes_back() {
 }
 
 /// A kernel whose first result of every product, or of every screen, is off by a little.
-struct Broken {
-    kernel: &'static dyn TernaryKernel,
-    screen: bool,
+pub(crate) struct Broken {
+    pub(crate) kernel: &'static dyn TernaryKernel,
+    pub(crate) screen: bool,
 }
 
 impl TernaryKernel for Broken {
@@ -266,6 +267,35 @@ fn the_self_test_passes_here_and_sees_a_broken_kernel() {
 }
 
 #[test]
+fn a_tested_kernel_knows_what_every_kernel_gave() {
+    let tested = select_tested("auto").unwrap();
+    let names: Vec<_> = tested.results.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, available().iter().map(|kernel| kernel.name()).collect::<Vec<_>>());
+    assert!(format!("{tested:?}").contains(tested.kernel.name()));
+}
+
+/// Any shape, weights of any density and activations of any kind: what no table of shapes thinks of.
+#[test]
+fn thousands_of_random_products() {
+    let mut random = Random(2026);
+    for round in 0..2000 {
+        let mut below = |bound: u64| (random.next() % bound) as usize;
+        let (rows, cols, num_tokens) = (1 + below(70), 1 + below(400), 1 + below(9));
+        let (zeros, extremes) = (below(4), below(3) == 0);
+        let mut case = Case { rows, cols, weights: random.weights(rows * cols), x: random.floats(num_tokens * cols) };
+        for weight in &mut case.weights {
+            if random.next() % 4 < zeros as u64 {
+                *weight = 0;
+            }
+        }
+        if extremes {
+            case.x.iter_mut().for_each(|x| *x = if *x < 0.0 { -1.0 } else { 1.0 });
+        }
+        case.check(&format!("round {round}: {rows} x {cols}, {num_tokens} tokens"));
+    }
+}
+
+#[test]
 fn autotuning_picks_a_layout_the_kernel_has() {
     let mut pool = WorkerPool::new(2);
     for kernel in available() {
@@ -276,12 +306,14 @@ fn autotuning_picks_a_layout_the_kernel_has() {
 }
 
 #[test]
-fn limits_are_measured() {
+fn limits_are_measured_and_bound_speeds_by_the_slower_of_both() {
     let mut pool = WorkerPool::new(2);
-    assert!(limits::read_bytes_per_s(&mut pool) > 1e6);
     for kernel in available() {
-        assert!(limits::int8_macs_per_s(*kernel, &mut pool) > 1e6, "{}", kernel.name());
+        let limits = limits::Ruler::new(*kernel, &mut pool).sample(*kernel, &mut pool);
+        assert!(limits.read_bytes_per_s > 1e6 && limits.int8_macs_per_s > 1e6, "{}", kernel.name());
     }
+    let limits = limits::Limits { read_bytes_per_s: 100.0, int8_macs_per_s: 1000.0 };
+    assert_eq!([limits.tokens_per_s(10.0, 10.0), limits.tokens_per_s(1.0, 500.0)], [10.0, 2.0]);
 }
 
 #[test]

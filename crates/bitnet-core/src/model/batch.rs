@@ -218,8 +218,8 @@ fn check_writes(sequences: &[BatchSequence<'_>]) -> Result<(), BatchError> {
 }
 
 impl QuerySpan {
-    /// Rows of a span at most: enough to share the decoding of a block, few enough for their scores to stay in L1/L2.
-    pub(super) const MAX_ROWS: usize = 8;
+    /// Rows of a span at most: enough to share the decoding of a block, few enough for their scores to stay in L2.
+    pub(super) const MAX_ROWS: usize = 16;
 }
 
 /// What a batch is checked against.
@@ -275,10 +275,7 @@ mod tests {
             [(0, BlockId(2)), (15, BlockId(2)), (16, BlockId(0)), (16, BlockId(3))]
         );
         let spans: Vec<_> = batch.spans().iter().map(|s| (s.rows.clone(), s.start, batch.blocks(s)[0])).collect();
-        assert_eq!(
-            spans,
-            [(0..8, 0, BlockId(2)), (8..16, 8, BlockId(2)), (16..20, 16, BlockId(2)), (20..21, 16, BlockId(1))]
-        );
+        assert_eq!(spans, [(0..16, 0, BlockId(2)), (16..20, 16, BlockId(2)), (20..21, 16, BlockId(1))]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{
     lm_head,
     norm::{RmsNorm, normalize, normalize_in_place},
     phases::Phases,
-    rope,
+    rope, sparse,
     workspace::StepBuffers,
 };
 use crate::kv_cache::KvCache;
@@ -88,6 +88,7 @@ impl Model {
             projected,
             gate,
             up,
+            sparse: channels,
             attention: scratch,
             partials,
         } = workspace.buffers.for_step(&self.config, num_rows);
@@ -119,13 +120,13 @@ impl Model {
             // x += down(sub_norm(activation(gate(n)) * up(n))), n = norm(x)
             normalize(phases, norm(&layer.ffn_norm), x, normed, quantized);
             let n = quantized.view(num_rows, hidden_size);
-            project(phases, n, [(&layer.gate, &mut *gate), (&layer.up, &mut *up)]);
+            sparse::gate_and_up(phases, n, layer, self.sparse_limits, (&mut *gate, &mut *up), channels);
             trace(TracePoint::FfnNorm, index, normed);
             trace(TracePoint::Gate, index, gate);
             trace(TracePoint::Up, index, up);
             activate(phases, self.config.activation, layer.ffn_sub_norm.as_deref().map(norm), gate, up, quantized);
             let n = quantized.view(num_rows, intermediate_size);
-            project_and_add(phases, n, &layer.down, projected, x);
+            sparse::down_and_add(phases, n, layer, self.sparse_limits, (&mut *projected, &mut *x), channels);
             if layer.ffn_sub_norm.is_some() {
                 trace(TracePoint::FfnSubNorm, index, gate);
             }

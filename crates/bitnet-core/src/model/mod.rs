@@ -14,12 +14,15 @@ mod norm;
 mod phases;
 mod rope;
 mod screen;
+mod self_test;
+mod sparse;
 mod weights;
 mod workspace;
 
 pub use batch::{Batch, BatchError, BatchSequence, LogitRows};
 pub use forward::{Trace, TracePoint};
 pub use screen::Screened;
+pub use sparse::SparseFfn;
 pub use weights::{Model, ModelOptions, StepCost, WeightBytes};
 pub use workspace::Workspace;
 

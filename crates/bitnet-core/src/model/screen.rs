@@ -120,7 +120,7 @@ mod tests {
     use crate::{
         checkpoint::{DenseEncoding, MappedBytes},
         kernels::{self, screen::Selection},
-        model::{rope::Rope, test_config},
+        model::{rope::Rope, sparse::SparseLimits, test_config},
     };
 
     const VOCAB: usize = 300;
@@ -155,7 +155,19 @@ mod tests {
         let embedding = DenseMatrix { rows: VOCAB, cols, encoding: DenseEncoding::F32, data };
         let screen = Some(pack(&embedding, kernel.isa(), pool));
         let (rope, output_norm, layout) = (Rope::new(&config), vec![1.0; cols], kernel.layout());
-        Model { config, kernel, rope, embedding, layers: Vec::new(), output_norm, head: None, screen, layout }
+        let sparse_limits = SparseLimits::NONE;
+        Model {
+            config,
+            kernel,
+            rope,
+            embedding,
+            layers: Vec::new(),
+            output_norm,
+            head: None,
+            screen,
+            layout,
+            sparse_limits,
+        }
     }
 
     #[test]

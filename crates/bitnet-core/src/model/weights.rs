@@ -10,7 +10,11 @@ use crate::{
     threads::WorkerPool,
 };
 
-use super::{rope::Rope, screen};
+use super::{
+    rope::Rope,
+    screen,
+    sparse::{self, SparseFfn, SparseLayer, SparseLimits},
+};
 
 /// Immutable weights, repacked for one kernel, and the geometry.
 pub struct Model {
@@ -25,6 +29,7 @@ pub struct Model {
     /// The head in 8 bits, where it is large enough to gain by a first look.
     pub(super) screen: Option<ScreenMatrix>,
     pub(super) layout: PackedLayout,
+    pub(super) sparse_limits: SparseLimits,
 }
 
 /// How a [`Model`] is laid out in memory. Nothing in here changes a bit of what it computes.
@@ -34,11 +39,13 @@ pub struct ModelOptions {
     pub packing: Option<PackedLayout>,
     /// Vocabularies of at least so many tokens get an 8-bit copy of the head for [`Model::screen`].
     pub min_screened_vocab: usize,
+    /// Copies of half of the feed-forward block that let a single row skip channels.
+    pub sparse_ffn: SparseFfn,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { packing: None, min_screened_vocab: 8192 }
+        Self { packing: None, min_screened_vocab: 8192, sparse_ffn: SparseFfn::Off }
     }
 }
 
@@ -55,6 +62,7 @@ pub(super) struct Layer {
     pub(super) up: PackedTernary,
     pub(super) ffn_sub_norm: Option<Vec<f32>>,
     pub(super) down: PackedTernary,
+    pub(super) sparse: Option<SparseLayer>,
 }
 
 /// What a step costs at least; the cache's part is not counted.
@@ -117,13 +125,16 @@ impl Model {
         }
         let layout = options.packing.unwrap_or_else(|| kernels::autotune(kernel, pool, (total / 4) as usize));
         assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
-        let mut repacker = Repacker { layout, pool, progress, done: 0, total };
+        let config = (options.sparse_ffn != SparseFfn::Off).then_some(&checkpoint.config);
+        let mut repacker = Repacker { layout, sparse: config, pool: &mut *pool, progress, done: 0, total };
         progress(0, total);
-        let layers = weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<_, _>>()?;
+        let layers = weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        let sparse_limits = sparse::measure(options.sparse_ffn, &layers, kernel, pool);
         let head = weights.lm_head.as_ref().unwrap_or(&weights.token_embedding);
         Ok(Self {
             kernel,
             layout,
+            sparse_limits,
             rope: Rope::new(&checkpoint.config),
             embedding: weights.token_embedding.clone(),
             layers,
@@ -147,6 +158,11 @@ impl Model {
     /// How the ternary weights are arranged.
     pub fn packing(&self) -> PackedLayout {
         self.layout
+    }
+
+    /// Whether a single row's feed-forward block may skip channels in some layer.
+    pub fn has_sparse_ffn(&self) -> bool {
+        self.layers.iter().any(|layer| layer.sparse.is_some())
     }
 
     /// What one step reads of the weights, whatever its batch, and multiplies for each token.
@@ -190,7 +206,7 @@ impl std::fmt::Debug for Model {
 }
 
 impl Layer {
-    fn linears(&self) -> [&PackedTernary; 7] {
+    pub(super) fn linears(&self) -> [&PackedTernary; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
@@ -199,12 +215,15 @@ impl Layer {
         let norms = [&self.attn_norm, &self.ffn_norm].into_iter().chain(sub_norms);
         self.linears().map(PackedTernary::bytes).iter().sum::<usize>()
             + norms.map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
+            + self.sparse.as_ref().map_or(0, SparseLayer::bytes)
     }
 }
 
 /// Repacks tensors one after the other, each by all workers, and counts.
 struct Repacker<'a> {
     layout: PackedLayout,
+    /// Where channels are to be skipped.
+    sparse: Option<&'a ModelConfig>,
     pool: &'a mut WorkerPool,
     progress: &'a (dyn Fn(u64, u64) + Sync),
     done: u64,
@@ -213,7 +232,9 @@ struct Repacker<'a> {
 
 impl Repacker<'_> {
     fn layer(&mut self, layer: &LayerTensors) -> Result<Layer, LoadError> {
+        let sparse = self.sparse.map(|config| SparseLayer::pack(config, layer, self.pool)).transpose()?;
         Ok(Layer {
+            sparse: sparse.flatten(),
             attn_norm: layer.attn_norm.clone(),
             q: self.tensor(&layer.q)?,
             k: self.tensor(&layer.k)?,

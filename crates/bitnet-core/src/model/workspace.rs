@@ -1,6 +1,6 @@
 //! Scratch memory of the forward pass, allocated once.
 
-use super::{Model, attention};
+use super::{Model, attention, sparse::SparseScratch};
 use crate::{
     checkpoint::ModelConfig, kernels::screen::ScreenInputs, quant::activation::ActivationBuffer, threads::WorkerPool,
 };
@@ -43,6 +43,8 @@ pub(super) struct Buffers {
     pub(super) gate: Vec<f32>,
     /// `[intermediate_size]`
     pub(super) up: Vec<f32>,
+    /// For the feed-forward block of a single row, if the model skips channels.
+    pub(super) sparse: SparseScratch,
     /// `[num_threads, attention::scratch_len]`
     pub(super) attention: Vec<f32>,
     /// `[attention::partials_len]`
@@ -73,6 +75,7 @@ pub(super) struct StepBuffers<'a> {
     pub(super) projected: &'a mut [f32],
     pub(super) gate: &'a mut [f32],
     pub(super) up: &'a mut [f32],
+    pub(super) sparse: &'a mut SparseScratch,
     /// All of it, whatever the rows.
     pub(super) attention: &'a mut [f32],
     /// All of it.
@@ -88,7 +91,8 @@ impl Workspace {
     /// Scratch for batches of at most `max_batch_tokens` rows and `max_context` positions.
     pub fn new(model: &Model, max_batch_tokens: usize, max_context: usize, pool: WorkerPool) -> Self {
         let max_screened_rows = if model.has_screen() { Self::MAX_SCREENED_ROWS.min(max_batch_tokens) } else { 0 };
-        let limits = BufferLimits { max_batch_tokens, max_context, max_screened_rows };
+        let sparse_channels = if model.has_sparse_ffn() { model.config().intermediate_size } else { 0 };
+        let limits = BufferLimits { max_batch_tokens, max_context, max_screened_rows, sparse_channels };
         let buffers = Buffers::new(model.config(), &limits, pool.num_threads());
         Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
     }
@@ -96,6 +100,11 @@ impl Workspace {
     /// Pins the calling thread beside the pool's workers: see [`WorkerPool::pin_caller`].
     pub fn pin_caller(&self) {
         self.pool.pin_caller();
+    }
+
+    /// The workers, for measuring between two steps what they could do at most.
+    pub fn pool_mut(&mut self) -> &mut WorkerPool {
+        &mut self.pool
     }
 
     /// Bytes allocated.
@@ -123,6 +132,7 @@ struct BufferLimits {
     max_batch_tokens: usize,
     max_context: usize,
     max_screened_rows: usize,
+    sparse_channels: usize,
 }
 
 impl Buffers {
@@ -143,6 +153,7 @@ impl Buffers {
             projected: rows(hidden_size),
             gate: rows(intermediate_size),
             up: rows(intermediate_size),
+            sparse: SparseScratch::new(limits.sparse_channels),
             attention: vec![0.0; num_threads * attention::scratch_len(config)],
             partials: vec![0.0; attention::partials_len(config, limits.max_context, num_threads)],
             head_row: vec![0.0; num_threads * hidden_size],
@@ -170,6 +181,7 @@ impl Buffers {
             projected: &mut self.projected[..num_rows * hidden_size],
             gate: &mut self.gate[..num_rows * intermediate_size],
             up: &mut self.up[..num_rows * intermediate_size],
+            sparse: &mut self.sparse,
             attention: &mut self.attention,
             partials: &mut self.partials,
         }
@@ -182,6 +194,7 @@ impl Buffers {
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
         floats.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
             + self.quantized.bytes()
+            + self.sparse.bytes()
             + self.screen_inputs.bytes()
     }
 }

@@ -182,14 +182,14 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> (f32, i32) {
 /// The largest magnitude; not finite when any value is not. Compared as integers, where NaN ranks above infinity: a
 /// floating-point maximum would drop it.
 #[inline(always)]
-fn absmax(values: &[f32]) -> f32 {
+pub(crate) fn absmax(values: &[f32]) -> f32 {
     f32::from_bits(values.iter().fold(0, |max, value| max.max(value.to_bits() & 0x7fff_ffff)))
 }
 
 /// Rounds `|value| < 2^22` to the nearest integer, ties to even: adding 1.5 * 2^23 leaves the integer in the low bits of
 /// the mantissa, rounded by the addition itself.
 #[inline(always)]
-fn round_half_even(value: f32) -> i32 {
+pub(crate) fn round_half_even(value: f32) -> i32 {
     const MAGIC: f32 = 12_582_912.0;
     (value + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed()
 }

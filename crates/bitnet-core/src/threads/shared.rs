@@ -159,16 +159,28 @@ impl<'a> ColumnsMut<'a> {
     }
 }
 
+/// Words of claims that are kept in place: enough for every phase of a step, a tile of 16 or more rows of the largest
+/// vocabulary included, so that nothing is allocated there.
+const WORDS_IN_PLACE: usize = 160;
+
 /// One bit per row or tile: set once it has been handed out.
 #[derive(Debug)]
 struct Claims {
-    taken: Box<[AtomicU64]>,
+    in_place: [AtomicU64; WORDS_IN_PLACE],
+    /// The words after those; empty, and then not allocated, but for matrices that are packed at load.
+    allocated: Box<[AtomicU64]>,
     len: usize,
 }
 
 impl Claims {
     fn new(len: usize) -> Self {
-        Self { taken: (0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), len }
+        let in_place = [const { AtomicU64::new(0) }; WORDS_IN_PLACE];
+        let num_allocated = len.div_ceil(64).saturating_sub(WORDS_IN_PLACE);
+        Self { in_place, allocated: (0..num_allocated).map(|_| AtomicU64::new(0)).collect(), len }
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        self.in_place.get(index).unwrap_or_else(|| &self.allocated[index - WORDS_IN_PLACE])
     }
 
     /// Marks `range`; panics when it reaches outside or a part of it was marked before.
@@ -180,7 +192,7 @@ impl Claims {
             let count = (64 - bit).min(range.end - index);
             let mask = (u64::MAX >> (64 - count)) << bit;
             // Relaxed is enough: the bits exclude, while the data itself is handed over by the start and end of the phase.
-            let before = self.taken[word].fetch_or(mask, Ordering::Relaxed);
+            let before = self.word(word).fetch_or(mask, Ordering::Relaxed);
             assert!(before & mask == 0, "{range:?} was claimed before");
             index += count;
         }

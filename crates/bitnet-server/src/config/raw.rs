@@ -39,6 +39,9 @@ pub struct RawConfig {
     /// Bits a weight in memory; auto measures which is faster here [default: auto]
     #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
     pub packing: Option<String>,
+    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
+    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
+    pub sparse_ffn: Option<String>,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
@@ -57,8 +60,8 @@ pub struct RawConfig {
     /// Memory for keys and values, in MiB [default: four full contexts if they fit]
     #[arg(long, env = "BITNET_KV_CACHE_MB", value_name = "MB")]
     pub kv_cache_mb: Option<u64>,
-    /// Element type of the KV cache [default: f16]
-    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16")]
+    /// Element type of the KV cache; int8 halves its memory and changes results a little [default: f16]
+    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16|int8")]
     pub kv_cache_type: Option<String>,
     /// Physical layout of I2_S tensors in GGUF files [default: a]
     #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
@@ -241,6 +244,7 @@ overlay!(
     threads,
     kernel,
     packing,
+    sparse_ffn,
     ctx_size,
     max_num_seqs,
     max_num_batched_tokens,

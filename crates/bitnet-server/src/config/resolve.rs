@@ -9,7 +9,8 @@ use std::{
 };
 
 use bitnet_core::{
-    checkpoint::I2sLayout, kernels::packing::PackedLayout, kv_cache::KvDtype, threads::default_num_threads,
+    checkpoint::I2sLayout, kernels::packing::PackedLayout, kv_cache::KvDtype, model::SparseFfn,
+    threads::default_num_threads,
 };
 
 use super::{ConfigError, FilterRules, KeySet, RawConfig};
@@ -33,6 +34,8 @@ pub struct ServerConfig {
     pub kernel: Option<String>,
     /// Arrangement of the weights; `None` measures which is the fastest.
     pub packing: Option<PackedLayout>,
+    /// Copies of weights that let a single stream skip channels.
+    pub sparse_ffn: SparseFfn,
     /// Longest prompt and completion together; `None`: the model's.
     pub ctx_size: Option<usize>,
     /// Sequences computed at the same time, at least 1.
@@ -175,6 +178,7 @@ impl ServerConfig {
                     (PackedLayout::T32x5Trit.name(), Some(PackedLayout::T32x5Trit)),
                 ],
             )?,
+            sparse_ffn: one_of("sparse-ffn", raw.sparse_ffn, &SparseFfn::NAMES)?,
             ctx_size: raw.ctx_size.map(|tokens| within("ctx-size", tokens, 1, 1 << 24)).transpose()?,
             max_num_seqs,
             max_num_batched_tokens: within(
@@ -189,7 +193,11 @@ impl ServerConfig {
                 None => usize::MAX,
             },
             kv_cache_bytes: raw.kv_cache_mb.map(|mb| mebibytes("kv-cache-mb", mb, 1)).transpose()?,
-            kv_dtype: one_of("kv-cache-type", raw.kv_cache_type, &[("f16", KvDtype::F16), ("f32", KvDtype::F32)])?,
+            kv_dtype: one_of(
+                "kv-cache-type",
+                raw.kv_cache_type,
+                &[("f16", KvDtype::F16), ("f32", KvDtype::F32), ("int8", KvDtype::Int8)],
+            )?,
             i2s_layout: one_of(
                 "i2s-layout",
                 raw.i2s_layout,

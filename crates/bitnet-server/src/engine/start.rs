@@ -227,5 +227,6 @@ fn dtype_name(dtype: KvDtype) -> &'static str {
     match dtype {
         KvDtype::F32 => "f32",
         KvDtype::F16 => "f16",
+        KvDtype::Int8 => "int8",
     }
 }

@@ -275,6 +275,13 @@ impl Metrics {
         self.families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), revision, kernel]).set(1);
     }
 
+    /// The kernels of this CPU, and whether each passed its self-test.
+    pub fn set_kernels(&self, kernels: &[(&'static str, bool)]) {
+        for (kernel, passed) in kernels {
+            self.families.kernel_self_test_failed.with_label_values(&[kernel]).set(i64::from(!passed));
+        }
+    }
+
     /// How long the model took to load.
     pub fn set_model_load_seconds(&self, seconds: f64) {
         self.families.model_load.set(seconds);

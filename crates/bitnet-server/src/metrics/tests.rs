@@ -37,6 +37,7 @@ fn exercised() -> Metrics {
     metrics.set_memory_limit(2 << 30);
     metrics.set_model_info(&ModelInfo { architecture: "bitnet".to_owned(), ..ModelInfo::default() });
     metrics.set_build_info("scalar");
+    metrics.set_kernels(&[("scalar", true), ("broken", false)]);
     metrics.set_model_load_seconds(1.5);
     metrics.record_health_check(HealthResult::Ok, 0.2);
     metrics.set_tracked_clients(4);
@@ -59,6 +60,8 @@ fn what_is_recorded_is_rendered() {
         (r#"bitnet_requests_rejected_total{reason="draining"}"#, 0.0),
         (r#"bitnet_requests_finished_total{finish_reason="stop",model="test"}"#, 1.0),
         (r#"bitnet_requests_running{model="test"}"#, 2.0),
+        (r#"bitnet_kernel_self_test_failed{kernel="scalar"}"#, 0.0),
+        (r#"bitnet_kernel_self_test_failed{kernel="broken"}"#, 1.0),
         (r#"bitnet_requests_waiting_limit{model="test"}"#, 128.0),
         (r#"bitnet_time_to_first_token_seconds_bucket{model="test",le="0.75"}"#, 0.0),
         (r#"bitnet_time_to_first_token_seconds_bucket{model="test",le="1.0"}"#, 1.0),

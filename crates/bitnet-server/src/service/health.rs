@@ -38,6 +38,8 @@ pub struct Health {
     pub model: Option<String>,
     /// The kernel in use.
     pub kernel: Option<String>,
+    /// Kernels of this CPU that failed their self-test at start and are not used.
+    pub failed_kernels: Vec<String>,
     /// Work at hand.
     pub queue: Option<QueueHealth>,
     /// The newest `/health/generate`.
@@ -83,7 +85,7 @@ impl Probe {
 impl Health {
     /// Of a server that has no model yet.
     pub fn without_model(status: &'static str) -> Self {
-        Self { status, model: None, kernel: None, queue: None, last_generation: None }
+        Self { status, model: None, kernel: None, failed_kernels: Vec::new(), queue: None, last_generation: None }
     }
 }
 
@@ -97,6 +99,7 @@ impl Service {
             status: if self.is_responsive() { status } else { "failed" },
             model: Some(self.card.names.id().to_owned()),
             kernel: Some(self.card.kernel.clone()),
+            failed_kernels: self.card.failed_kernels.clone(),
             queue: Some(queue),
             last_generation: last,
         }

@@ -59,6 +59,8 @@ pub struct ModelCard {
     pub vocab_size: usize,
     /// The kernel in use.
     pub kernel: String,
+    /// Kernels of this CPU that failed their self-test and are not used.
+    pub failed_kernels: Vec<String>,
     /// Which weights and version answer.
     pub fingerprint: String,
 }

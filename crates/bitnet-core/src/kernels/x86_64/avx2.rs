@@ -30,8 +30,8 @@ const BLOCK: usize = 4;
 /// Tokens of a block of the screen, each with two halves.
 const SCREEN_BLOCK: usize = BLOCK / 2;
 
-/// From here on several blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 13;
+/// From here on unpacking costs less than what it takes away from the multiplications beside it.
+const UNPACK_FROM: usize = 3;
 
 /// Tiles between two flushes; see the bound above.
 const FLUSH_TILES: usize = 15;
@@ -94,18 +94,14 @@ impl TernaryKernel for Avx2 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    gemv_by_panels(w, x, out, |panel, codes| {
-        let mut sums = [[0; 32]];
-        panel_gemm::<1>(panel, codes, &mut sums);
-        sums[0]
-    });
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, block, sums));
         });
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
@@ -158,7 +154,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
             }
         }
         for (out, wide) in out.iter_mut().zip(wide) {
-            store_half(wide, half, out);
+            add_half(wide, half, out);
         }
     }
 }
@@ -213,7 +209,7 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSum
             }
         }
         for (out, wide) in out.iter_mut().zip(wide) {
-            store_half(wide, half, out);
+            add_half(wide, half, out);
         }
     }
 }
@@ -239,7 +235,7 @@ fn screen_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]
             }
         }
         for (out, sums) in out.iter_mut().zip(sums) {
-            store_half(sums, half, out);
+            add_half(sums, half, out);
         }
     }
 }
@@ -282,12 +278,13 @@ unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn store_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
-    let out = &mut out[16 * half..][..16];
-    // SAFETY: 2 x 8 sums of 4 bytes.
-    unsafe {
-        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
-        _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), quarters[1]);
+fn add_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
+    for (out, quarter) in out[16 * half..][..16].as_chunks_mut::<8>().0.iter_mut().zip(quarters) {
+        // SAFETY: 8 sums of 4 bytes, read and written.
+        unsafe {
+            let sum = _mm256_add_epi32(_mm256_loadu_si256(out.as_ptr().cast()), quarter);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), sum);
+        }
     }
 }
 

@@ -2,18 +2,17 @@
 //! bytes to codes.
 //!
 //! A byte is a fraction of 256ths whose base-3 digits are the codes. `vpmaddubsw` multiplies by 27, which moves three digits
-//! above the point, and what is left by 9, which moves the other two; two table look-ups turn these into pairs of bits.
+//! above the point, and what is left by 9, which moves the other two; a table look-up a plane picks one digit of these.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_maddubs_epi16,
-    _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_setzero_si512, _mm512_shuffle_epi8,
-    _mm512_srai_epi32, _mm512_srli_epi16, _mm512_ternarylogic_epi32,
+    __m512i, _mm512_loadu_si512, _mm512_maddubs_epi16, _mm512_permutexvar_epi8, _mm512_set1_epi16,
+    _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_srli_epi16, _mm512_ternarylogic_epi32,
 };
 
 use super::{
     PanelSums,
-    avx512_vnni::{BLOCK, add_sets, broadcast, load_tile, multiply_unpacked, num_sets, store, store_bytes},
+    avx512_vnni::{BLOCK, add_sets, load_tile, multiply_step, multiply_unpacked, store_bytes},
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -22,25 +21,24 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// From this many tokens on, three blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 2 * BLOCK + 1;
+/// From this many tokens on, unpacking a slice costs less than what it takes away from the multiplications beside it.
+const UNPACK_FROM: usize = 8;
 
-/// The first three codes of a byte, one in each pair of bits, by their value as a base-3 number.
-static FIRST_THREE: [u8; 64] = pairs_of_bits([9, 3, 1], 27);
-
-/// The last two codes, the same way; one table for each 16 bytes of a vector.
-static LAST_TWO: [u8; 64] = pairs_of_bits([3, 1, 1], 9);
+/// The digit of each plane by the number it is in: the first three planes are in a number below 27, the last two in one
+/// below 9, whose tables are repeated for each 16 bytes of a vector.
+static DIGITS: [[u8; 64]; 5] = [digits(9, 64), digits(3, 64), digits(1, 64), digits(3, 16), digits(1, 16)];
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    gemv_by_panels(w, x, out, |panel, codes| panel_gemv(panel, codes));
+    // One token's interleaved codes are its codes.
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4 5 6 7], panel_gemm::<N>(panel, block, sums));
         });
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
@@ -50,64 +48,41 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
     }
 }
 
-/// As the product of 2-bit weights: planes masked in place, each with sums of its own that are shifted once, at the end.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
-    let num_tiles = num_tiles(panel, codes, 5, 1);
-    let decoder = Decoder::new();
-    let masks = [0x03, 0x0c, 0x30].map(|mask| _mm512_set1_epi8(mask));
-    let mut sums = [[_mm512_setzero_si512(); 5]; 2];
-    for tile in 0..num_tiles {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = decoder.decode_both(unsafe { load_tile(panel, tile) });
-        for plane in 0..5 {
-            // SAFETY: 20 codes a tile, checked by `num_tiles`.
-            let x = unsafe { broadcast(codes, 5 * tile + plane) };
-            for half in 0..2 {
-                let weights = _mm512_and_si512(halves[half][plane / 3], masks[plane % 3]);
-                sums[half][plane] = _mm512_dpbusd_epi32(sums[half][plane], weights, x);
-            }
-        }
-    }
-    store(sums.map(|[p0, p1, p2, p3, p4]| {
-        let shifted = _mm512_add_epi32(_mm512_srai_epi32::<2>(_mm512_add_epi32(p1, p4)), _mm512_srai_epi32::<4>(p2));
-        _mm512_add_epi32(_mm512_add_epi32(p0, p3), shifted)
-    }))
-}
-
-/// For `N` tokens planes are shifted down, so that they can share sums.
+/// ```text
+/// for tile of 20 columns, plane of 4 columns, token, half of 16 rows:
+///     sums[token][half] += plane of codes[tile][half] * activations[tile][plane][token]
+/// ```
+/// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
+/// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
+/// 3. Weights are prefetched into the second-level cache, across the end of the panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
     let decoder = Decoder::new();
-    let mask = _mm512_set1_epi8(3);
-    let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
-    let mut next = [[_mm512_setzero_si512(); 2]; 2];
-    for tile in 0..=num_tiles {
-        // The codes of a tile are made while those of the one before are multiplied: a step ahead of their use.
-        let mut halves = next;
-        if tile < num_tiles {
-            // SAFETY: the tile's 128 bytes lie inside the panel.
-            next = decoder.decode_both(unsafe { load_tile(panel, tile) });
-        }
-        if tile == 0 {
-            continue;
-        }
-        for plane in 0..5 {
-            let weights = halves.map(|half| _mm512_and_si512(half[plane / 3], mask));
-            for half in &mut halves {
-                half[plane / 3] = _mm512_srli_epi16::<2>(half[plane / 3]);
-            }
-            for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
-                // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
-                let x = unsafe { broadcast(block, (5 * (tile - 1) + plane) * N + token) };
-                for half in 0..2 {
-                    sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
-                }
-            }
+    let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 5];
+    for tile in 0..num_tiles {
+        // SAFETY: the tile's 128 bytes lie inside the panel.
+        let numbers = unsafe { load_tile(panel, tile) }.map(|half| decoder.numbers(half));
+        // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
+        unsafe {
+            let step = 5 * tile;
+            multiply_step(decoder.plane::<0>(&numbers), block, step, &mut sums[0]);
+            multiply_step(decoder.plane::<1>(&numbers), block, step + 1, &mut sums[1 % const { num_sets(N) }]);
+            multiply_step(decoder.plane::<2>(&numbers), block, step + 2, &mut sums[2 % const { num_sets(N) }]);
+            multiply_step(decoder.plane::<3>(&numbers), block, step + 3, &mut sums[3 % const { num_sets(N) }]);
+            multiply_step(decoder.plane::<4>(&numbers), block, step + 4, &mut sums[4 % const { num_sets(N) }]);
         }
     }
     add_sets(&sums, out);
+}
+
+/// Sets of 2 x `n` sums that stay in registers.
+const fn num_sets(n: usize) -> usize {
+    match n {
+        0..=1 => 5,
+        2..=3 => 2,
+        _ => 1,
+    }
 }
 
 /// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
@@ -118,47 +93,48 @@ fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let [low, high] = unsafe { load_tile(panel, tile) }.map(|half| decoder.planes(half));
-        for (plane, step) in unpacked.as_chunks_mut().0.iter_mut().enumerate() {
-            store_bytes([low[plane], high[plane]], step);
-        }
+        let numbers = unsafe { load_tile(panel, tile) }.map(|half| decoder.numbers(half));
+        let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
+            unreachable!("a tile has five planes");
+        };
+        store_bytes(decoder.plane::<0>(&numbers), first);
+        store_bytes(decoder.plane::<1>(&numbers), second);
+        store_bytes(decoder.plane::<2>(&numbers), third);
+        store_bytes(decoder.plane::<3>(&numbers), fourth);
+        store_bytes(decoder.plane::<4>(&numbers), fifth);
     }
 }
 
-/// The constants of the way from bytes to codes.
+/// The constants of the way from bytes to codes. Its methods are always inlined, which the compiler grants only to functions
+/// without target features: a call a tile costs more than the multiplications.
 #[derive(Clone, Copy)]
 struct Decoder {
     even_by_27: __m512i,
     odd_by_27: __m512i,
     even_by_9: __m512i,
     high_bytes: __m512i,
-    first_three: __m512i,
-    last_two: __m512i,
+    digits: [__m512i; 5],
 }
+
+/// The two numbers in each byte of a vector: of three digits, and of two.
+type Numbers = [__m512i; 2];
 
 impl Decoder {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
     #[inline]
     fn new() -> Self {
-        // SAFETY: both tables have 64 bytes.
-        let [first_three, last_two] =
-            unsafe { [_mm512_loadu_si512(FIRST_THREE.as_ptr().cast()), _mm512_loadu_si512(LAST_TWO.as_ptr().cast())] };
         Self {
             even_by_27: _mm512_set1_epi16(27),
             odd_by_27: _mm512_set1_epi16(27 << 8),
             even_by_9: _mm512_set1_epi16(9),
             high_bytes: _mm512_set1_epi16(0xff00_u16.cast_signed()),
-            first_three,
-            last_two,
+            // SAFETY: every table has 64 bytes.
+            digits: DIGITS.each_ref().map(|table| unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }),
         }
     }
 
-    /// The codes of planes 0, 1, 2 and of planes 3, 4, in the pairs of bits from the lowest up.
-    ///
-    /// Always inlined, which the compiler grants only to functions without target features: a call a tile costs more than
-    /// the multiplications.
     #[inline(always)]
-    fn decode(&self, bytes: __m512i) -> [__m512i; 2] {
+    fn numbers(&self, bytes: __m512i) -> Numbers {
         // Bits of the first operand where the mask has ones, else of the second.
         const SELECT: i32 = 0xca;
         // SAFETY: `new` needs the features used here, so the CPU that made `self` has them.
@@ -167,46 +143,36 @@ impl Decoder {
             // of the even products move down, those of the odd ones are where they belong.
             let even = _mm512_maddubs_epi16(bytes, self.even_by_27);
             let odd = _mm512_maddubs_epi16(bytes, self.odd_by_27);
-            let first = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
+            let of_three = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
             let even = _mm512_maddubs_epi16(even, self.even_by_9);
             let odd = _mm512_maddubs_epi16(odd, self.even_by_9);
-            let last = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
-            [_mm512_permutexvar_epi8(first, self.first_three), _mm512_shuffle_epi8(self.last_two, last)]
+            let of_two = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
+            [of_three, of_two]
         }
     }
 
-    /// [`Self::decode`] of both halves of a tile.
+    /// The codes of plane `P`, one a byte.
     #[inline(always)]
-    fn decode_both(&self, [low, high]: [__m512i; 2]) -> [[__m512i; 2]; 2] {
-        [self.decode(low), self.decode(high)]
-    }
-
-    /// The codes of each plane, one a byte.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-    #[inline]
-    fn planes(&self, bytes: __m512i) -> [__m512i; 5] {
-        let mask = _mm512_set1_epi8(3);
-        let [a, b] = self.decode(bytes);
-        let shifted = [a, _mm512_srli_epi16::<2>(a), _mm512_srli_epi16::<4>(a), b, _mm512_srli_epi16::<2>(b)];
-        shifted.map(|codes| _mm512_and_si512(codes, mask))
+    fn plane<const P: usize>(&self, halves: &[Numbers; 2]) -> [__m512i; 2] {
+        halves.map(|[of_three, of_two]| {
+            // SAFETY: as in `numbers`.
+            unsafe {
+                if P < 3 {
+                    _mm512_permutexvar_epi8(of_three, self.digits[P])
+                } else {
+                    _mm512_shuffle_epi8(self.digits[P], of_two)
+                }
+            }
+        })
     }
 }
 
-/// A table from a number below `count` to its digits: the one of weight `weights[i]` goes to the bits `2 i` and `2 i + 1`.
-/// Repeated every 16 bytes when it is that short. A weight of 1 that comes twice repeats a digit nobody looks at.
-const fn pairs_of_bits(weights: [usize; 3], count: usize) -> [u8; 64] {
-    let period = if count <= 16 { 16 } else { 64 };
+/// A table from a number to its base-3 digit of weight `weight`, repeated every `period` bytes.
+const fn digits(weight: usize, period: usize) -> [u8; 64] {
     let mut table = [0; 64];
     let mut index = 0;
     while index < 64 {
-        let number = index % period;
-        if number < count {
-            let mut digit = 0;
-            while digit < 3 {
-                table[index] |= ((number / weights[digit] % 3) << (2 * digit)) as u8;
-                digit += 1;
-            }
-        }
+        table[index] = (index % period / weight % 3) as u8;
         index += 1;
     }
     table

@@ -4,20 +4,25 @@
 //! Weights of 2 bits here; those of 1.6 bits, for CPUs with VBMI, in [`super::avx512_vbmi`].
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::{
-    __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16,
-    _mm512_storeu_si512,
+use std::{
+    arch::x86_64::{
+        __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
+        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srli_epi16,
+        _mm512_storeu_si512,
+    },
+    ops::Range,
 };
 
 use super::{
-    PREFETCH_BYTES, PanelSums, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    PREFETCH_BYTES, PanelSums, avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
+    screen_by_blocks,
 };
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
+        Isa, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
         screen::{ScreenRows, SplitActivations},
+        sparse::{ActiveChannels, ChannelColumns, ChannelRows},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -25,6 +30,9 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 12 accumulators leave eight registers for weights, masks and activations.
 pub(super) const BLOCK: usize = 12;
+
+/// From here on three blocks share the work of unpacking a slice, which hides well behind the multiplications of one.
+const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -79,6 +87,32 @@ impl TernaryKernel for Avx512Vnni {
         unsafe { screen(w, x, estimates, radii) }
     }
 
+    fn gemv_channels(
+        &self,
+        w: &ChannelRows,
+        channels: &[u32],
+        first: usize,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_channels(w, x);
+        // SAFETY: as in `gemv`.
+        unsafe { avx512_sparse::gemv_channels(w, channels, first, x, out) }
+    }
+
+    fn gemv_active(
+        &self,
+        w: &ChannelColumns,
+        active: &ActiveChannels,
+        lines: Range<usize>,
+        x: &QuantizedActivations<'_>,
+        out: &mut [f32],
+    ) {
+        check_active(w, &lines, x, out);
+        // SAFETY: as in `gemv`.
+        unsafe { avx512_sparse::gemv_active(w, active, lines, x, out) }
+    }
+
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
@@ -97,14 +131,22 @@ impl TernaryKernel for Avx512Vnni {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    gemv_by_panels(w, x, out, |panel, codes| panel_gemv(panel, codes));
+    // One token's interleaved codes are its codes.
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-        by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
-    });
+    if x.num_tokens() < UNPACK_FROM {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+        });
+    } else {
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
+            multiply_unpacked(panel, block, sums);
+        });
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -115,39 +157,12 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 }
 
 /// ```text
-/// for tile of 16 columns, half of 16 rows, plane of 4 columns:
-///     sums[half] += plane of codes[tile][half] * activations[tile][plane]
+/// for tile of 16 columns, plane of 4 columns, token, half of 16 rows:
+///     sums[token][half] += plane of codes[tile][half] * activations[tile][plane][token]
 /// ```
-/// 1. Planes are not shifted down but masked in place, each with sums of its own; these are exact multiples of 4^plane and
-///    are shifted once, at the end.
-/// 2. Eight independent sums hide the latency of the multiplication.
+/// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
+/// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
 /// 3. Weights are prefetched into the second-level cache, across the end of the panel into the next.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
-    let num_tiles = num_tiles(panel, codes, 4, 1);
-    let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm512_set1_epi8(mask.cast_signed()));
-    let mut sums = [[_mm512_setzero_si512(); 4]; 2];
-    for tile in 0..num_tiles {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, tile) };
-        for plane in 0..4 {
-            // SAFETY: 16 codes a tile, checked by `num_tiles`.
-            let x = unsafe { broadcast(codes, 4 * tile + plane) };
-            for half in 0..2 {
-                let weights = _mm512_and_si512(halves[half], masks[plane]);
-                sums[half][plane] = _mm512_dpbusd_epi32(sums[half][plane], weights, x);
-            }
-        }
-    }
-    store(sums.map(|[p0, p1, p2, p3]| {
-        let low = _mm512_add_epi32(p0, _mm512_srai_epi32::<2>(p1));
-        _mm512_add_epi32(low, _mm512_add_epi32(_mm512_srai_epi32::<4>(p2), _mm512_srai_epi32::<6>(p3)))
-    }))
-}
-
-/// As [`panel_gemv`] for `N` tokens: here planes are shifted down, so that they can share sums, of which there are as many
-/// sets as registers allow; the unpacking is shared by all tokens. It hides behind the multiplications, so that even for
-/// many tokens nothing is gained by unpacking once, which makes five times the bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
@@ -155,20 +170,43 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let mut halves = unsafe { load_tile(panel, tile) };
-        for plane in 0..4 {
-            let weights = halves.map(|half| _mm512_and_si512(half, mask));
-            halves = halves.map(|half| _mm512_srli_epi16::<2>(half));
-            for (token, sums) in sums[plane % const { num_sets(N) }].iter_mut().enumerate() {
-                // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
-                let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
-                for half in 0..2 {
-                    sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
-                }
-            }
+        let halves = unsafe { load_tile(panel, tile) };
+        // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
+        unsafe {
+            let step = 4 * tile;
+            multiply_step(plane::<0>(halves, mask), block, step, &mut sums[0]);
+            multiply_step(plane::<2>(halves, mask), block, step + 1, &mut sums[1 % const { num_sets(N) }]);
+            multiply_step(plane::<4>(halves, mask), block, step + 2, &mut sums[2 % const { num_sets(N) }]);
+            multiply_step(plane::<6>(halves, mask), block, step + 3, &mut sums[3 % const { num_sets(N) }]);
         }
     }
     add_sets(&sums, out);
+}
+
+/// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+    let mask = _mm512_set1_epi8(3);
+    let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
+    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
+    for (tile, unpacked) in tiles.iter_mut().enumerate() {
+        // SAFETY: the tile's 128 bytes lie inside the panel.
+        let halves = unsafe { load_tile(panel, tile) };
+        let [first, second, third, fourth] = unpacked.as_chunks_mut().0 else {
+            unreachable!("a tile has four planes");
+        };
+        store_bytes(plane::<0>(halves, mask), first);
+        store_bytes(plane::<2>(halves, mask), second);
+        store_bytes(plane::<4>(halves, mask), third);
+        store_bytes(plane::<6>(halves, mask), fourth);
+    }
+}
+
+/// The plane of codes that starts at bit `SHIFT` of every byte.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] {
+    halves.map(|half| _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(half), mask))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -198,7 +236,30 @@ fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8],
         }
     }
     for (out, sums) in out.iter_mut().zip(sums) {
-        *out = store(sums);
+        add_to(out, sums);
+    }
+}
+
+/// `sums[token] += weights * activations[step][token]`. Always inlined, which the compiler grants only to functions without
+/// target features.
+///
+/// # Safety
+/// The CPU must have AVX-512 VNNI, and `block` the codes of the step.
+#[inline(always)]
+pub(super) unsafe fn multiply_step<const N: usize>(
+    weights: [__m512i; 2],
+    block: &[i8],
+    step: usize,
+    sums: &mut [[__m512i; 2]; N],
+) {
+    for (token, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = broadcast(block, step * N + token);
+            for half in 0..2 {
+                sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
+            }
+        }
     }
 }
 
@@ -234,7 +295,7 @@ unsafe fn load(panel: &[u8], tile: usize) -> [__m512i; 2] {
 /// `codes` must hold the word of index `word`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) unsafe fn broadcast(codes: &[i8], word: usize) -> __m512i {
+unsafe fn broadcast(codes: &[i8], word: usize) -> __m512i {
     // SAFETY: the caller's promise.
     _mm512_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
 }
@@ -250,7 +311,7 @@ pub(super) fn store_bytes(halves: [__m512i; 2], out: &mut [u8; TILE_BYTES]) {
 }
 
 /// Sets of 2 x `n` sums that stay in registers: too few independent sums would wait for each other.
-pub(super) const fn num_sets(n: usize) -> usize {
+const fn num_sets(n: usize) -> usize {
     match n {
         0..=3 => 4,
         4 => 2,
@@ -260,26 +321,24 @@ pub(super) const fn num_sets(n: usize) -> usize {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) fn add_sets<const N: usize>(sets: &[[[__m512i; 2]; N]; 4], out: &mut [PanelSums]) {
+pub(super) fn add_sets<const N: usize, const SETS: usize>(sets: &[[[__m512i; 2]; N]; SETS], out: &mut [PanelSums]) {
     for (token, out) in out.iter_mut().enumerate() {
-        let sum = |half: usize| {
-            let pair = |set: usize| _mm512_add_epi32(sets[set][token][half], sets[set + 1][token][half]);
-            _mm512_add_epi32(pair(0), pair(2))
-        };
-        *out = store([sum(0), sum(1)]);
+        for set in sets {
+            add_to(out, set[token]);
+        }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) fn store(halves: [__m512i; 2]) -> PanelSums {
-    let mut sums = [0; 32];
-    // SAFETY: 2 x 16 sums of 4 bytes.
-    unsafe {
-        _mm512_storeu_si512(sums.as_mut_ptr().cast(), halves[0]);
-        _mm512_storeu_si512(sums.as_mut_ptr().add(16).cast(), halves[1]);
+fn add_to(out: &mut PanelSums, halves: [__m512i; 2]) {
+    for (out, half) in out.as_chunks_mut::<16>().0.iter_mut().zip(halves) {
+        // SAFETY: 16 sums of 4 bytes, read and written.
+        unsafe {
+            let sum = _mm512_add_epi32(_mm512_loadu_si512(out.as_ptr().cast()), half);
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), sum);
+        }
     }
-    sums
 }
 
 /// 16 independent sums, more than the latency of the multiplication times its rate.

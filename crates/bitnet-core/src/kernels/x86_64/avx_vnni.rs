@@ -28,8 +28,8 @@ const UNPACKED_BLOCK: usize = 6;
 /// Tokens of a block of the screen, each with two halves.
 const SCREEN_BLOCK: usize = UNPACKED_BLOCK / 2;
 
-/// From here on several blocks share the work of unpacking a panel.
-const UNPACK_FROM: usize = 13;
+/// From here on several blocks share the work of unpacking a slice.
+const UNPACK_FROM: usize = BLOCK + 1;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl TernaryKernel for AvxVnni {
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    gemv_by_panels(w, x, out, |panel, codes| panel_gemv(panel, codes));
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemv(panel, codes, &mut sums[0]));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
@@ -115,10 +115,9 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 
 /// Planes masked in place, each with sums of its own that are shifted once, at the end.
 #[target_feature(enable = "avx2,avxvnni")]
-fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
+fn panel_gemv(panel: &[u8], codes: &[i8], out: &mut PanelSums) {
     let num_tiles = num_tiles(panel, codes, 4, 1);
     let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm256_set1_epi8(mask.cast_signed()));
-    let mut out = [0; 32];
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 4]; 2];
         for tile in 0..num_tiles {
@@ -137,9 +136,8 @@ fn panel_gemv(panel: &[u8], codes: &[i8]) -> PanelSums {
             let low = _mm256_add_epi32(p0, _mm256_srai_epi32::<2>(p1));
             _mm256_add_epi32(low, _mm256_add_epi32(_mm256_srai_epi32::<4>(p2), _mm256_srai_epi32::<6>(p3)))
         });
-        store_half(sums, half, &mut out);
+        add_half(sums, half, out);
     }
-    out
 }
 
 /// Planes shifted down, so that they can share sums: two sets where registers allow, or sums would wait for each other.
@@ -166,7 +164,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
         }
         for (token, out) in out.iter_mut().enumerate() {
             let sum = |quarter: usize| _mm256_add_epi32(sums[0][token][quarter], sums[1][token][quarter]);
-            store_half([sum(0), sum(1)], half, out);
+            add_half([sum(0), sum(1)], half, out);
         }
     }
 }
@@ -213,7 +211,7 @@ fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8],
             }
         }
         for (out, sums) in out.iter_mut().zip(sums) {
-            store_half(sums, half, out);
+            add_half(sums, half, out);
         }
     }
 }
@@ -256,12 +254,13 @@ unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
 
 #[target_feature(enable = "avx2,avxvnni")]
 #[inline]
-fn store_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
-    let out = &mut out[16 * half..][..16];
-    // SAFETY: 2 x 8 sums of 4 bytes.
-    unsafe {
-        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
-        _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), quarters[1]);
+fn add_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
+    for (out, quarter) in out[16 * half..][..16].as_chunks_mut::<8>().0.iter_mut().zip(quarters) {
+        // SAFETY: 8 sums of 4 bytes, read and written.
+        unsafe {
+            let sum = _mm256_add_epi32(_mm256_loadu_si256(out.as_ptr().cast()), quarter);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), sum);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller.
 
 mod avx2;
+mod avx512_sparse;
 mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
@@ -44,40 +45,50 @@ use by_tokens;
 /// How far ahead weights are asked for. The hardware's own prefetcher alone leaves a third of the bandwidth unused.
 const PREFETCH_BYTES: usize = 8192;
 
+/// Columns that are unpacked, or looked at by all tokens, at once: whole tiles in every layout, and with 32 rows of one byte
+/// a weight, 20 KB, they stay in the first-level cache together with the activations of a block.
+const SLICE_COLS: usize = 640;
+
 /// Scratch of the product in progress, kept between products.
 #[derive(Default)]
 struct Scratch {
     interleaved: Vec<i8>,
     unpacked: Vec<u8>,
+    /// Of one panel with every token.
+    sums: Vec<PanelSums>,
 }
 
 thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// The product of one token: `multiply(panel, codes)` gives the sums of one panel.
+/// The product of one token: `multiply(panel, codes, sums)` adds the products of one panel to the sums.
 #[inline(always)]
 fn gemv_by_panels(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
     out: &mut [f32],
-    multiply: impl Fn(&[u8], &[i8]) -> PanelSums,
+    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
 ) {
     for (panel, out) in w.panels().zip(out.chunks_mut(ROW_TILE)) {
-        write_outputs(&multiply(panel, x.codes(0)), x, 0, w.scale(), out);
+        let mut sums = [[0; ROW_TILE]];
+        multiply(panel, x.codes(0), &mut sums);
+        write_outputs(&sums[0], x, 0, w.scale(), out);
     }
 }
 
-/// Writes a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
+/// Writes whole tiles of a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
 type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8]);
 
-/// The product of many tokens, in blocks of at most `block`. With `unpack`, `multiply` gets unpacked panels.
+/// The product of many tokens, in blocks of at most `block`. `multiply(panel, block, sums)` adds products to the sums. With
+/// `unpack` it gets unpacked slices.
 ///
 /// ```text
 /// interleave all tokens, once for all panels
 /// for panel of 32 rows:                     read from memory once
-///     unpack it, where there are blocks enough to share the work
-///     for block of tokens:                  the panel stays in the first or second-level cache
+///     for slice of its columns:             all of them where nothing is unpacked
+///         unpack it
+///         for block of tokens:              the unpacked slice stays in the first-level cache
 /// ```
 #[inline(always)]
 fn gemm_by_blocks(
@@ -89,32 +100,38 @@ fn gemm_by_blocks(
     multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(w.layout().column_tile());
-    // Blocks of one size: a small one would not fill the registers.
     let num_tokens = x.num_tokens();
-    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
+    let block_tokens = equal_blocks(num_tokens, block);
     let mut scratch = SCRATCH.take();
-    interleave(num_tokens, block_tokens, cols, |token| x.codes(token), &mut scratch.interleaved);
-    scratch.unpacked.resize(ROW_TILE * cols, 0);
-    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
-    for (panel_index, mut panel) in w.panels().enumerate() {
+    let Scratch { interleaved, unpacked, sums } = &mut scratch;
+    interleave(num_tokens, block_tokens, cols, |token| x.codes(token), interleaved);
+    unpacked.resize(ROW_TILE * SLICE_COLS, 0);
+    let slice_cols = if unpack.is_some() { SLICE_COLS } else { cols };
+    let slice_bytes = slice_cols / w.layout().column_tile() * TILE_BYTES;
+    for (panel_index, panel) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
-        if let Some(unpack) = unpack {
-            unpack(panel, &mut scratch.unpacked);
-            panel = &scratch.unpacked;
-        }
-        for (block_index, block) in scratch.interleaved.chunks(block_tokens * cols).enumerate() {
-            let sums = &mut sums[..block.len() / cols];
-            multiply(panel, block, sums);
-            for (token, sums) in (block_index * block_tokens..).zip(sums) {
-                write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
+        sums.clear();
+        sums.resize(num_tokens, [0; ROW_TILE]);
+        for (slice_index, mut slice) in panel.chunks(slice_bytes).enumerate() {
+            let first = slice_index * slice_cols;
+            if let Some(unpack) = unpack {
+                let unpacked = &mut unpacked[..ROW_TILE * slice_cols.min(cols - first)];
+                unpack(slice, unpacked);
+                slice = unpacked;
             }
+            for (block, sums) in interleaved.chunks(block_tokens * cols).zip(sums.chunks_mut(block_tokens)) {
+                multiply(slice, &block[first * sums.len()..], sums);
+            }
+        }
+        for (token, sums) in sums.iter().enumerate() {
+            write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
         }
     }
     SCRATCH.set(scratch);
 }
 
-/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` gives the sums of one panel for
-/// pairs of high and low halves, interleaved as tokens are.
+/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` adds the products of a slice of
+/// one panel for pairs of high and low halves, interleaved as tokens are.
 #[inline(always)]
 fn screen_by_blocks(
     w: &ScreenRows<'_>,
@@ -126,27 +143,35 @@ fn screen_by_blocks(
 ) {
     let cols = w.cols().next_multiple_of(4);
     let num_tokens = x.num_tokens();
-    let block_tokens = num_tokens.div_ceil(num_tokens.div_ceil(block).max(1)).max(1);
+    let block_halves = 2 * equal_blocks(num_tokens, block);
     let mut scratch = SCRATCH.take();
-    interleave(2 * num_tokens, 2 * block_tokens, cols, |half| x.halves(half), &mut scratch.interleaved);
-    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
+    let Scratch { interleaved, sums, .. } = &mut scratch;
+    interleave(2 * num_tokens, block_halves, cols, |half| x.halves(half), interleaved);
+    // One block needs no slices: nobody else looks at them.
+    let slice_cols = if 2 * num_tokens <= block_halves { cols } else { SLICE_COLS };
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
-        for (block_index, block) in scratch.interleaved.chunks(2 * block_tokens * cols).enumerate() {
-            let sums = &mut sums[..block.len() / cols];
-            multiply(panel, block, sums);
-            for (token, sums) in (block_index * block_tokens..).zip(sums.as_chunks().0) {
-                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
-                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
-                write_screen(sums, bounds, x.row(token), estimates, radii);
+        sums.clear();
+        sums.resize(2 * num_tokens, [0; ROW_TILE]);
+        for (slice_index, slice) in panel.chunks(ROW_TILE * slice_cols).enumerate() {
+            for (block, sums) in interleaved.chunks(block_halves * cols).zip(sums.chunks_mut(block_halves)) {
+                multiply(slice, &block[slice_index * slice_cols * sums.len()..], sums);
             }
+        }
+        for (token, sums) in sums.as_chunks().0.iter().enumerate() {
+            let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+            let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+            write_screen(sums, bounds, x.row(token), estimates, radii);
         }
     }
     SCRATCH.set(scratch);
 }
 
-/// The most tokens of any kernel's block.
-const MAX_BLOCK: usize = 12;
+/// Tokens of a block when all blocks have the same, and at most `most`: a small one would not fill the registers.
+#[inline(always)]
+fn equal_blocks(num_tokens: usize, most: usize) -> usize {
+    num_tokens.div_ceil(num_tokens.div_ceil(most).max(1)).max(1)
+}
 
 /// Arranges rows of codes as blocks `[columns / 4, block_rows, 4]`: what one step of a kernel multiplies lies together.
 #[inline(always)]

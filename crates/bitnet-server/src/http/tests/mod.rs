@@ -155,6 +155,7 @@ impl Setup {
                 max_model_len: CONTEXT,
                 vocab_size: VOCAB,
                 kernel: "script".to_owned(),
+                failed_kernels: vec!["broken".to_owned()],
                 fingerprint: "fp_test".to_owned(),
             },
             prompter,

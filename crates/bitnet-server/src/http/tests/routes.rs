@@ -80,6 +80,7 @@ async fn health_follows_the_phase() {
         (&health["status"], &health["model"], &health["kernel"]),
         (&json!("ok"), &json!("org/model"), &json!("script"))
     );
+    assert_eq!(health["failed_kernels"], json!(["broken"]));
     assert_eq!(health["queue"]["max_waiting"], 8);
     assert_eq!(health["last_generation"]["status"], "ok");
 

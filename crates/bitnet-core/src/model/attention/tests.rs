@@ -1,0 +1,116 @@
+//! Attention against its specification, and the sharing of work.
+
+use std::ops::Range;
+
+use super::*;
+use crate::{
+    ids::{BlockId, TokenId},
+    kernels::{self, math},
+    kv_cache::{Geometry, KvDtype},
+    model::{
+        batch::{BatchSequence, Limits, LogitRows},
+        test_config,
+    },
+    threads::WorkerPool,
+};
+
+const NUM_BLOCKS: usize = 40;
+
+/// Three query heads a K/V head, heads of 20: neither fills a tile.
+fn config() -> ModelConfig {
+    ModelConfig { num_layers: 2, num_heads: 6, num_kv_heads: 2, head_dim: 20, ..test_config() }
+}
+
+/// A value in -1..1 that depends on everything given.
+fn value(kind: usize, position: usize, i: usize) -> f32 {
+    ((kind * 7919 + position * 104_729 + i * 1299) % 2000) as f32 / 1000.0 - 1.0
+}
+
+fn rows(kind: usize, positions: Range<usize>, width: usize) -> Vec<f32> {
+    positions.flat_map(|position| (0..width).map(move |i| value(kind, position, i))).collect()
+}
+
+/// Attention of one query as the text at the top says it, position by position.
+fn specification(q: &[f32], position: usize, kv_head: usize, config: &ModelConfig) -> Vec<f32> {
+    let hd = config.head_dim;
+    let key = |p: usize, d: usize| value(1, p, kv_head * hd + d);
+    let (mut m, mut l, mut acc) = (f32::NEG_INFINITY, 0.0, vec![0.0; hd]);
+    for first in (0..=position).step_by(PARTITION) {
+        let visible = first..(position + 1).min(first + PARTITION);
+        let dot = |p| (0..hd).fold(0.0f32, |sum, d| q[d].mul_add(key(p, d), sum));
+        let scores: Vec<f32> = visible.clone().map(|p| dot(p) * (1.0 / (hd as f32).sqrt())).collect();
+        let m_i = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weights: Vec<f32> = scores.iter().map(|score| math::exp(score - m_i)).collect();
+        let mut lanes = [0.0; 16];
+        weights.iter().enumerate().for_each(|(p, weight)| lanes[p % 16] += weight);
+        let (a, b) = (math::exp(m - m.max(m_i)), math::exp(m_i - m.max(m_i)));
+        l = l * a + math::lane_tree(&lanes) * b;
+        for (d, acc) in acc.iter_mut().enumerate() {
+            let v = |p| value(2, p, kv_head * hd + d);
+            let sum = visible.clone().zip(&weights).fold(0.0f32, |sum, (p, weight)| weight.mul_add(v(p), sum));
+            *acc = *acc * a + sum * b;
+        }
+        m = m.max(m_i);
+    }
+    acc.iter().map(|acc| acc / l).collect()
+}
+
+#[test]
+fn every_kernel_follows_the_specification_to_the_bit() {
+    let config = config();
+    let (q_width, kv_width) = (6 * 20, 2 * 20);
+    let table: Vec<_> = (0..NUM_BLOCKS).rev().map(|block| BlockId(block as u32)).collect();
+    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
+    for kernel in kernels::available() {
+        let mut kv = KvCache::with_geometry(Geometry::new(&config, KvDtype::F32), NUM_BLOCKS).expect("small");
+        // Three workers cut units of one partition and of two.
+        let mut pool = WorkerPool::new(3);
+        for (start, end) in [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)] {
+            let tokens = vec![TokenId(1); end - start];
+            let sequence = BatchSequence { tokens: &tokens, start, block_table: &table, logits: LogitRows::None };
+            let batch = Batch::checked(&limits, &[sequence]).expect("valid");
+            let phases = &mut Phases { pool: &mut pool, kernel: *kernel, num_rows: end - start };
+            let (k, v) = (rows(1, start..end, kv_width), rows(2, start..end, kv_width));
+            store(phases, &mut kv, 1, batch.rows(), &k, &v);
+            let q = rows(0, start..end, q_width);
+            let mut out = vec![0.0; q.len()];
+            let mut scratch = vec![f32::NAN; 3 * scratch_len(&config)];
+            let mut partials = vec![f32::NAN; partials_len(&config, 600, 3)];
+            attend(phases, &kv, 1, &batch, &q, &mut out, &mut scratch, &mut partials);
+            for (i, (q, out)) in q.chunks_exact(20).zip(out.chunks_exact(20)).enumerate() {
+                let expected = specification(q, start + i / 6, i % 6 / 3, &config);
+                assert_eq!(out, expected, "{} row {} head {}", kernel.name(), start + i / 6, i % 6);
+            }
+        }
+    }
+}
+
+#[test]
+fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
+    let table: Vec<_> = (0..NUM_BLOCKS as u32).map(BlockId).collect();
+    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
+    let tokens = [TokenId(0); 30];
+    let sequence = |len: usize, start, block| BatchSequence {
+        tokens: &tokens[..len],
+        start,
+        block_table: &table[block..],
+        logits: LogitRows::None,
+    };
+    let batch =
+        Batch::checked(&limits, &[sequence(30, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
+    for num_threads in [1, 2, 3, 5, 16] {
+        let placed: Vec<_> = place(batch.spans(), 3, num_threads).collect();
+        let units: Vec<_> = placed.iter().map(|placed| (placed.span.rows.start, placed.head)).collect();
+        let starts = [0, 16, 30, 31];
+        let expected: Vec<_> = starts.into_iter().flat_map(|row| (0..3).map(move |head| (row, head))).collect();
+        assert_eq!(units, expected);
+        let mut slots = 0..num_threads - 1;
+        for placed in &placed {
+            let mut partitions: Vec<_> = (placed.first..=placed.last).flat_map(|w| placed.partitions_of(w)).collect();
+            partitions.sort_unstable();
+            assert_eq!(partitions, (0..num_partitions(placed.span)).collect::<Vec<_>>());
+            assert!(placed.first <= placed.last && placed.last < num_threads);
+            assert_eq!(placed.slot, if placed.first == placed.last { None } else { slots.next() });
+        }
+    }
+}
