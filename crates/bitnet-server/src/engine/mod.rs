@@ -11,7 +11,7 @@ pub mod executor;
 pub mod fairness;
 pub mod handle;
 pub mod lookup;
-mod pace;
+pub mod pace;
 pub mod prefix_cache;
 pub mod scheduler;
 pub mod sequence;

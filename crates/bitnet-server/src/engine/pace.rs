@@ -8,6 +8,15 @@ pub(super) struct Pace {
     tokens_per_sequence: Option<f64>,
 }
 
+/// Most tokens of prompts in one step, so that it stays short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PromptTokens {
+    /// Beside sequences that generate.
+    pub beside_others: usize,
+    /// When there are none.
+    pub alone: usize,
+}
+
 impl Pace {
     /// A step computed `num_tokens` in `seconds`, `prompt_tokens` of them in prompts.
     pub(super) fn step(&mut self, num_tokens: usize, prompt_tokens: usize, seconds: f64) {
@@ -23,8 +32,15 @@ impl Pace {
         average(&mut self.tokens_per_sequence, num_tokens as f64);
     }
 
-    /// Tokens of prompts that may stand beside generating sequences in a step of `seconds`.
-    pub(super) fn prompt_tokens_within(&self, seconds: f64) -> usize {
+    /// Tokens of prompts that a step has time for.
+    pub(super) fn prompt_tokens(&self) -> PromptTokens {
+        PromptTokens {
+            beside_others: self.prompt_tokens_within(SECONDS_BESIDE_OTHERS),
+            alone: self.prompt_tokens_within(SECONDS_ALONE),
+        }
+    }
+
+    fn prompt_tokens_within(&self, seconds: f64) -> usize {
         let tokens = self.prompt_tokens_per_second.map_or(PROMPT_TOKENS_UNMEASURED, |speed| (speed * seconds) as usize);
         tokens.max(LEAST_PROMPT_TOKENS)
     }
@@ -39,6 +55,10 @@ impl Pace {
     }
 }
 
+/// What a step with prompts may take beside generating sequences, with a fifth of the 250 ms bound left for those.
+const SECONDS_BESIDE_OTHERS: f64 = 0.2;
+/// What a step of prompts alone may take, on however slow a machine: so a step that takes a multiple of it is a stall.
+const SECONDS_ALONE: f64 = 2.0;
 /// Fewer rows would cost almost as much: the weights are read for each step.
 const LEAST_PROMPT_TOKENS: usize = 16;
 /// Before the first prompt was measured.

@@ -18,6 +18,7 @@ use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 use super::{
     block_pool::BlockPool,
     fairness::ServiceCounters,
+    pace::PromptTokens,
     prefix_cache::PrefixCache,
     sequence::{Sequence, SequenceId},
 };
@@ -36,15 +37,6 @@ pub struct SchedulerLimits {
     pub max_waiting: usize,
     /// Who finds whose prefixes.
     pub prefix_sharing: PrefixSharing,
-}
-
-/// Most tokens of prompts in one step.
-#[derive(Clone, Copy, Debug)]
-pub struct PromptTokens {
-    /// Beside sequences that generate.
-    pub beside_others: usize,
-    /// When there are none.
-    pub alone: usize,
 }
 
 /// The sequences of the engine and the blocks they hold.

@@ -15,16 +15,11 @@ use super::{
     executor::{Executor, StepOutput},
     handle::{Command, EventSink, QueuePlace, Receivers, Shared, Submission},
     pace::Pace,
-    scheduler::{PromptTokens, Scheduler, SchedulerLimits, Share},
+    scheduler::{Scheduler, SchedulerLimits, Share},
     sequence::{Sequence, SequenceId},
     speculation::{Guesses, StepCosts},
 };
 use crate::metrics::{Metrics, StepPhase};
-
-/// What a step with prompts may take beside generating sequences, with a fifth of the 250 ms bound left for those.
-const STEP_SECONDS: f64 = 0.2;
-/// What a step of prompts alone may take, on however slow a machine: so a step that takes a multiple of it is a stall.
-const PROMPT_STEP_SECONDS: f64 = 2.0;
 
 /// The loop's state: everything the engine thread owns.
 pub(super) struct EngineLoop<E> {
@@ -225,11 +220,7 @@ impl<E: Executor> EngineLoop<E> {
 
     fn step(&mut self, now: &dyn Fn() -> Instant) {
         self.propose_drafts();
-        let prompt_tokens = PromptTokens {
-            beside_others: self.pace.prompt_tokens_within(STEP_SECONDS),
-            alone: self.pace.prompt_tokens_within(PROMPT_STEP_SECONDS),
-        };
-        let batch = self.scheduler.schedule(prompt_tokens);
+        let batch = self.scheduler.schedule(self.pace.prompt_tokens());
         if batch.shares.is_empty() {
             return;
         }

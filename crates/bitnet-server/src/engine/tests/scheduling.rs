@@ -7,7 +7,8 @@ use bitnet_core::TokenId;
 use super::{
     super::{
         GenerationRequest,
-        scheduler::{PromptTokens, Scheduler, SchedulerLimits},
+        pace::PromptTokens,
+        scheduler::{Scheduler, SchedulerLimits},
         sequence::{Sequence, SequenceId},
         testing::request,
     },
