@@ -111,6 +111,7 @@ impl<'m> Engine<'m> {
             .map(|(start, tokens, table)| BatchSequence {
                 tokens,
                 start: *start,
+                stored: 0,
                 block_table: table,
                 logits: LogitRows::All,
             })

@@ -170,7 +170,7 @@ impl Bench {
         for (chunk, start) in prompt.chunks(MAX_BATCH_TOKENS).zip((0..).step_by(MAX_BATCH_TOKENS)) {
             let is_last = start + chunk.len() == num_tokens;
             let logits = if is_last { LogitRows::Last } else { LogitRows::None };
-            self.step(&[BatchSequence { tokens: chunk, start, block_table, logits }]);
+            self.step(&[BatchSequence { tokens: chunk, start, stored: 0, block_table, logits }]);
         }
     }
 
@@ -180,7 +180,13 @@ impl Bench {
         for start in sequences.position..sequences.position + DECODED_TOKENS {
             let tables = next.chunks(1).zip(&sequences.block_tables);
             let batch: Vec<_> = tables
-                .map(|(tokens, block_table)| BatchSequence { tokens, start, block_table, logits: LogitRows::Last })
+                .map(|(tokens, block_table)| BatchSequence {
+                    tokens,
+                    start,
+                    stored: 0,
+                    block_table,
+                    logits: LogitRows::Last,
+                })
                 .collect();
             let chosen = self.step(&batch);
             next = chosen;

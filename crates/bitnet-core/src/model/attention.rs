@@ -150,9 +150,11 @@ impl FloatOp for Store<'_> {
     fn call(self) {
         let mut values = self.k.chunks_exact(self.width).zip(self.v.chunks_exact(self.width));
         for rows in self.rows.chunk_by(|row, next| row.block == next.block) {
-            let mut block = self.blocks.claim(rows[0].block);
+            let mut block = rows[0].block.map(|block| self.blocks.claim(block));
             for (row, (k, v)) in rows.iter().zip(&mut values) {
-                block.write(self.layer, row.position, k, v);
+                if let Some(block) = &mut block {
+                    block.write(self.layer, row.position, k, v);
+                }
             }
         }
     }

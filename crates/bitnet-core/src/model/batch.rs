@@ -18,6 +18,8 @@ pub struct BatchSequence<'a> {
     pub tokens: &'a [TokenId],
     /// Absolute position of the first; everything before is already in the cache.
     pub start: usize,
+    /// Positions below this are in the cache already: their rows are computed for what follows them and not written.
+    pub stored: usize,
     /// Blocks of positions `0..start + tokens.len()`, in order.
     pub block_table: &'a [BlockId],
     /// Which rows need logits.
@@ -51,8 +53,8 @@ pub struct Batch {
 pub(super) struct Row {
     pub(super) token: TokenId,
     pub(super) position: usize,
-    /// Where K and V of this position go.
-    pub(super) block: BlockId,
+    /// Where K and V of this position go; `None` when the cache holds them.
+    pub(super) block: Option<BlockId>,
 }
 
 /// At most [`QuerySpan::MAX_ROWS`] consecutive rows of one sequence: they attend to the same blocks together, so each
@@ -182,7 +184,7 @@ impl Batch {
         self.rows.extend(sequence.tokens.iter().zip(sequence.start..).map(|(&token, position)| Row {
             token,
             position,
-            block: sequence.block_table[position / BLOCK_TOKENS],
+            block: (position >= sequence.stored).then(|| sequence.block_table[position / BLOCK_TOKENS]),
         }));
         let last_row = self.rows.len() - 1;
         match sequence.logits {
@@ -203,8 +205,9 @@ impl Batch {
 /// No block is written by two sequences, or at two positions of one.
 fn check_writes(sequences: &[BatchSequence<'_>]) -> Result<(), BatchError> {
     let written_by = |sequence: &BatchSequence<'_>| {
-        let last = sequence.start + sequence.tokens.len() - 1;
-        sequence.start / BLOCK_TOKENS..last / BLOCK_TOKENS + 1
+        let end = sequence.start + sequence.tokens.len();
+        let first = sequence.start.max(sequence.stored);
+        if first < end { first / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) } else { 0..0 }
     };
     let mut written: Vec<BlockId> = Vec::with_capacity(sequences.len());
     for sequence in sequences {
@@ -254,7 +257,7 @@ mod tests {
     const LIMITS: Limits = Limits { vocab_size: 10, num_blocks: 4, max_rows: 40, max_context: 48 };
 
     fn sequence<'a>(tokens: &'a [TokenId], start: usize, block_table: &'a [BlockId]) -> BatchSequence<'a> {
-        BatchSequence { tokens, start, block_table, logits: LogitRows::Last }
+        BatchSequence { tokens, start, stored: 0, block_table, logits: LogitRows::Last }
     }
 
     fn check(sequences: &[BatchSequence<'_>]) -> Result<Batch, BatchError> {
@@ -269,7 +272,7 @@ mod tests {
         let batch = check(&[sequence(&prompt, 0, &tables[0]), decode]).expect("valid");
         assert_eq!(batch.logit_rows(), [19, 20]);
         assert_eq!(batch.num_logit_rows(), 2);
-        let at = |row: usize| (batch.rows()[row].position, batch.rows()[row].block);
+        let at = |row: usize| (batch.rows()[row].position, batch.rows()[row].block.expect("it is written"));
         assert_eq!(
             [at(0), at(15), at(16), at(20)],
             [(0, BlockId(2)), (15, BlockId(2)), (16, BlockId(0)), (16, BlockId(3))]
@@ -302,6 +305,16 @@ mod tests {
             check(&[sequence(&t[..1], 0, &[BlockId(4)])]).expect_err("refused"),
             BatchError::BlockOutOfRange { id: 4 }
         );
+    }
+
+    #[test]
+    fn stored_positions_are_not_written() {
+        let (t, table) = ([TokenId(1); 3], [BlockId(1), BlockId(2)]);
+        let again = |table| BatchSequence { stored: 16, ..sequence(&t, 15, table) };
+        let batch = check(&[again(&table), BatchSequence { stored: 16, ..sequence(&t[..1], 15, &table[..1]) }]);
+        let blocks: Vec<_> = batch.expect("block 1 is only read").rows().iter().map(|row| row.block).collect();
+        assert_eq!(blocks, [None, Some(BlockId(2)), Some(BlockId(2)), None]);
+        assert!(check(&[again(&table), again(&[BlockId(3), BlockId(2)])]).is_err());
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Engine {
             .map(|(share, block_table)| BatchSequence {
                 tokens: share.tokens,
                 start: share.start,
+                stored: 0,
                 block_table,
                 logits: share.logits,
             })

@@ -240,6 +240,7 @@ fn batch_sequence<'a>(share: &Share<'a>, rows: &'a [TokenId]) -> BatchSequence<'
     BatchSequence {
         tokens: rows,
         start: positions.start,
+        stored: share.sequence.num_stored_tokens,
         block_table: &share.sequence.block_table[..blocks_of(positions.end)],
         logits: logit_rows(share),
     }

@@ -24,13 +24,12 @@ impl PrefixCache {
         Self { sharing, secret: RandomState::new() }
     }
 
-    /// The blocks that hold the start of `sequence`, its last token excepted: that one is always computed, because what
-    /// follows it is wanted.
+    /// The blocks that hold the start of `sequence`.
     pub fn find(&self, blocks: &BlockPool, sequence: &mut Sequence) -> Vec<BlockId> {
         if sequence.scores_prompt() {
             return Vec::new();
         }
-        let most = (sequence.tokens.len() - 1) / BLOCK_TOKENS;
+        let most = sequence.tokens.len() / BLOCK_TOKENS;
         self.extend_names(sequence, most);
         let contents = sequence.tokens.chunks_exact(BLOCK_TOKENS).take(most);
         sequence.block_names.iter().zip(contents).map_while(|(name, tokens)| blocks.find(*name, tokens)).collect()

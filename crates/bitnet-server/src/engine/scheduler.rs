@@ -210,7 +210,8 @@ impl Scheduler {
         }
         let mut next = self.waiting.remove(index);
         found.iter().for_each(|block| self.blocks.share(*block));
-        next.num_computed_tokens = found.len() * BLOCK_TOKENS;
+        next.num_stored_tokens = found.len() * BLOCK_TOKENS;
+        next.num_computed_tokens = next.num_stored_tokens.min(next.tokens.len() - 1);
         next.cached_tokens.get_or_insert(next.num_computed_tokens);
         next.block_table = found;
         let at = if is_probe { 0 } else { self.running.len() };
@@ -280,7 +281,7 @@ impl Scheduler {
 
     fn release_blocks(&mut self, sequence: &mut Sequence) {
         sequence.block_table.drain(..).rev().for_each(|block| self.blocks.release(block));
-        sequence.num_computed_tokens = 0;
+        (sequence.num_computed_tokens, sequence.num_stored_tokens) = (0, 0);
         sequence.draft.clear();
     }
 }

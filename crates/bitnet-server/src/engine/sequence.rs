@@ -26,6 +26,9 @@ pub struct Sequence {
     pub draft: Vec<TokenId>,
     /// Leading tokens whose K and V are in the cache.
     pub num_computed_tokens: usize,
+    /// Leading tokens whose K and V were found in the cache, perhaps the last known one among them: then that is computed for
+    /// what follows it, and not written again.
+    pub num_stored_tokens: usize,
     /// Blocks of positions `0..`, in order.
     pub block_table: Vec<BlockId>,
     /// Whether it is the health probe's, which waits for nobody.
@@ -50,6 +53,7 @@ impl Sequence {
             tokens,
             draft: Vec::new(),
             num_computed_tokens: 0,
+            num_stored_tokens: 0,
             block_table: Vec::new(),
             is_probe: false,
             block_names: Vec::new(),

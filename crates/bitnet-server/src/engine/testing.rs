@@ -101,7 +101,9 @@ impl Executor for FakeExecutor {
             let Share { sequence, num_tokens, num_drafted } = *share;
             assert!(num_tokens > 0 && (num_drafted == 0 || num_tokens == 1));
             let rows = [&sequence.tokens[..sequence.num_computed_tokens + num_tokens], share.draft()].concat();
-            for (position, hash) in prefix_hashes(&rows).enumerate().skip(sequence.num_computed_tokens) {
+            for (position, hash) in
+                prefix_hashes(&rows).enumerate().skip(sequence.num_computed_tokens.max(sequence.num_stored_tokens))
+            {
                 self.slots[Self::slot(sequence, position)] = Some(hash);
             }
         }

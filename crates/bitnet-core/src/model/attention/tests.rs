@@ -67,7 +67,8 @@ fn every_kernel_follows_the_specification_to_the_bit() {
         let mut pool = WorkerPool::new(3);
         for (start, end) in [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)] {
             let tokens = vec![TokenId(1); end - start];
-            let sequence = BatchSequence { tokens: &tokens, start, block_table: &table, logits: LogitRows::None };
+            let sequence =
+                BatchSequence { tokens: &tokens, start, stored: 0, block_table: &table, logits: LogitRows::None };
             let batch = Batch::checked(&limits, &[sequence]).expect("valid");
             let phases = &mut Phases { pool: &mut pool, kernel: *kernel, num_rows: end - start };
             let (k, v) = (rows(1, start..end, kv_width), rows(2, start..end, kv_width));
@@ -93,6 +94,7 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
     let sequence = |len: usize, start, block| BatchSequence {
         tokens: &tokens[..len],
         start,
+        stored: 0,
         block_table: &table[block..],
         logits: LogitRows::None,
     };

@@ -36,7 +36,8 @@ impl Chance {
 fn take_cached_tokens(events: &mut [SequenceEvent], request: &GenerationRequest) -> usize {
     let Some(SequenceEvent::PromptDone { cached_tokens, .. }) = events.first_mut() else { return 0 };
     let cached = std::mem::take(cached_tokens);
-    assert!(cached < request.prompt.len() && cached.is_multiple_of(16), "whole blocks, and never the last token");
+    let whole = cached.is_multiple_of(16) || (cached + 1 == request.prompt.len() && (cached + 1).is_multiple_of(16));
+    assert!(cached < request.prompt.len() && whole, "whole blocks, and never the last token");
     assert!(cached == 0 || request.prompt_logprobs.is_none(), "a prompt that is scored is computed");
     cached
 }
