@@ -188,6 +188,7 @@ impl Session {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: None,
             arrival: Instant::now(),

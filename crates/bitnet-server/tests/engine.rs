@@ -73,6 +73,7 @@ fn requests() -> Vec<GenerationRequest> {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: Some(now + Duration::from_secs(600)),
             arrival: now,

@@ -27,7 +27,7 @@ impl PrefixCache {
     /// The blocks that hold the start of `sequence`, its last token excepted: that one is always computed, because what
     /// follows it is wanted.
     pub fn find(&self, blocks: &BlockPool, sequence: &mut Sequence) -> Vec<BlockId> {
-        if sequence.scores_prompt() {
+        if sequence.needs_every_row() {
             return Vec::new();
         }
         let most = (sequence.tokens.len() - 1) / BLOCK_TOKENS;

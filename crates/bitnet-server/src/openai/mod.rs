@@ -27,7 +27,9 @@ pub use chat::{
     Content, ContentPart, Delta, FunctionCall, Message, PromptOptions, ResponseMessage, Role, ToolCall, TopLogprob,
 };
 pub use completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
-pub use embeddings::EmbeddingRequest;
+pub use embeddings::{
+    EmbeddingList, EmbeddingObject, EmbeddingRequest, EmbeddingUsage, EmbeddingVector, EncodingFormat,
+};
 pub use error::{ErrorBody, ErrorObject};
 pub use fields::{BodyError, BodyErrorKind};
 pub use files::{Deleted, FileObject, FilePurpose, Page, PageQuery};
