@@ -114,6 +114,11 @@ impl Session {
         });
         bar.finish_and_clear();
         let loaded = loaded?;
+        if loaded.pooling.is_some() {
+            return Err(Failure::usage(
+                "this is an embedding model and generates no text: serve it and ask /v1/embeddings",
+            ));
+        }
         let defaults = loaded.generation.clone();
         let tokenizer = Arc::clone(&loaded.tokenizer);
         let sampling = SamplingParams {

@@ -293,6 +293,15 @@ mod tests {
     }
 
     #[test]
+    fn a_text_ends_with_eos_where_the_file_says_so() {
+        let both = load(&GgufVocabulary { add_eos: true, ..llama_vocabulary() }).unwrap();
+        assert_eq!(encode(&both, "the", READ), [1, 265, 2]);
+        let eos = GgufVocabulary { add_bos: false, add_eos: true, ..llama_vocabulary() };
+        assert_eq!(encode(&load(&eos).unwrap(), "the", READ), [265, 2]);
+        assert!(load(&GgufVocabulary { eos: None, ..eos }).is_err());
+    }
+
+    #[test]
     fn sentence_piece_without_space_prefix_keeps_texts_as_they_are() {
         let tokenizer = load(&GgufVocabulary { add_space_prefix: false, ..llama_vocabulary() }).unwrap();
         assert_eq!(encode(&tokenizer, "the", PLAIN), [260, 264]);

@@ -16,7 +16,8 @@ use crate::{
 
 /// Inputs of one request.
 const MAX_INPUTS: usize = 2048;
-/// Of them, how many are with the engine at a time: they fill a step, and leave the queue to others.
+/// Of them, how many are with the engine at a time, and never more than half a queue: they fill a step, and leave room for
+/// others.
 const INPUTS_AT_ONCE: usize = 16;
 /// How often an input looks for a place in a queue that is full.
 const PLACE_CHECK: Duration = Duration::from_millis(10);
@@ -50,7 +51,8 @@ impl Service {
         let mut meter = Meter::new(metrics, caller.arrival, requests.len(), true, patience);
         let _reading = meter.reading();
         let embedded = stream::iter(requests).map(|request| self.embedded(place.take(), request));
-        let embedded: Result<Vec<_>, _> = embedded.buffered(INPUTS_AT_ONCE).try_collect().await;
+        let at_once = INPUTS_AT_ONCE.min(self.engine.status().max_waiting / 2).max(1);
+        let embedded: Result<Vec<_>, _> = embedded.buffered(at_once).try_collect().await;
         let embedded = embedded.inspect_err(|error| meter.fail(error))?;
         let cached_tokens = embedded.iter().map(|input| input.cached_tokens).sum();
         meter.finish(FinishReason::Stop, &Usage::new(num_tokens, 0, cached_tokens));

@@ -1,5 +1,6 @@
 //! The routes over a scripted engine: bytes in, bytes out, without a socket or a model.
 
+mod embeddings;
 mod files;
 mod hostile;
 mod hostile_table;
