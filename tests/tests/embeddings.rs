@@ -15,9 +15,9 @@ use bitnet_tests::{
 };
 use serde_json::{Value, json};
 
-/// A golden checkpoint as an embedding model that takes `mode`.
-fn embedding_model(name: &str, mode: &str) -> PathBuf {
-    let dir = scratch(&format!("embeddings-{name}-{mode}"));
+/// A golden checkpoint as an embedding model that takes `mode`, for one test.
+fn embedding_model(test: &str, name: &str, mode: &str) -> PathBuf {
+    let dir = scratch(&format!("embeddings-{test}-{name}-{mode}"));
     for file in std::fs::read_dir(golden::path(name)).expect("a directory") {
         let file = file.expect("an entry");
         std::fs::copy(file.path(), dir.join(file.file_name())).expect("the copy");
@@ -96,15 +96,16 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 async fn vectors_are_those_of_the_library_whatever_is_computed_beside_them() {
     let prompts: Vec<Vec<u32>> = golden::load("p1_packed").prompts.into_iter().map(|prompt| prompt.ids).collect();
     for mode in ["mean", "last"] {
-        let dir = embedding_model("p1_packed", mode);
+        let dir = embedding_model("library", "p1_packed", mode);
         let expected: Vec<_> = prompts
             .iter()
             .map(|ids| hidden_states(&dir, ids))
             .map(|rows| if mode == "mean" { mean_vector(&rows) } else { unit(rows[rows.len() - 1].clone()) })
             .collect();
-        for args in
-            [["--threads", "1", "--max-num-batched-tokens", "512"], ["--threads", "2", "--max-num-batched-tokens", "7"]]
-        {
+        for args in [
+            ["--threads", "1", "--max-num-batched-tokens", "512"],
+            ["--threads", "2", "--max-num-batched-tokens", "16"],
+        ] {
             let server = serve(&dir, &args);
             // All at once and again, when there are prefixes to find, then each alone.
             for _ in 0..2 {
@@ -124,7 +125,7 @@ async fn vectors_are_close_to_the_reference() {
         let ids = &golden.prompts.iter().find(|prompt| prompt.category == "short").expect("a short prompt").ids;
         let states = golden::array(&format!("{name}.golden.safetensors"), "short.internal.final_norm");
         let rows: Vec<_> = states.chunks_exact(states.len() / ids.len()).map(<[f32]>::to_vec).collect();
-        let server = serve(&embedding_model(name, "mean"), &[]);
+        let server = serve(&embedding_model("reference", name, "mean"), &[]);
         let cosine = cosine(&embed(&server, json!(ids)).await[0], &mean_vector(&rows));
         assert!(cosine > 0.9999, "{name}: {cosine}");
     }
@@ -133,7 +134,7 @@ async fn vectors_are_close_to_the_reference() {
 /// More inputs than the queue has places, beside another caller.
 #[tokio::test]
 async fn many_inputs_take_turns() {
-    let server = serve(&embedding_model("p1_packed", "mean"), &["--max-queue", "3", "--max-num-seqs", "2"]);
+    let server = serve(&embedding_model("turns", "p1_packed", "mean"), &["--max-queue", "3", "--max-num-seqs", "2"]);
     let texts: Vec<String> = (0..150).map(|i| format!("text number {i}")).collect();
     let (all, one) = tokio::join!(embed(&server, json!(texts)), embed(&server, json!("text number 149")));
     assert_eq!((all.len(), &all[149]), (150, &one[0]));
