@@ -11,6 +11,7 @@ mod error;
 mod fields;
 mod files;
 mod models;
+mod objects;
 mod output;
 mod params;
 mod response_events;
