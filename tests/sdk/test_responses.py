@@ -80,6 +80,16 @@ def test_the_streaming_helper(client):
     assert final.status == "completed" and final.output_text == snapshots[-1]
 
 
+def test_stream_that_ends_incomplete(client):
+    """The last event is `response.incomplete`, as with OpenAI; the SDK's `get_final_response` accepts `response.completed` alone."""
+    with client.responses.stream(model=MODEL, input="Hello", max_output_tokens=3, extra_body={"ignore_eos": True}) as stream:
+        last = list(stream)[-1]
+        with pytest.raises(RuntimeError, match="response.completed"):
+            stream.get_final_response()
+    assert last.type == "response.incomplete" and last.response.status == "incomplete"
+    assert last.response.incomplete_details.reason == "max_output_tokens" and last.response.usage.output_tokens == 3
+
+
 def test_async_stream(server):
     async def read():
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)

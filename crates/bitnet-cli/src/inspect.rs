@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use bitnet_core::{
     Checkpoint,
-    checkpoint::{self, Activation, TokenizerSource},
+    checkpoint::{self, Activation, Pooling, TokenizerSource},
 };
 use serde_json::{Value, json};
 
@@ -63,6 +63,7 @@ fn facts(checkpoint: &Checkpoint) -> Value {
             "activation": match config.activation { Activation::Relu2 => "relu2", Activation::Silu => "silu" },
             "tied_head": checkpoint.weights.lm_head.is_none(),
         },
+        "pooling": checkpoint.pooling.map(Pooling::name),
         "tokenizer": tokenizer(checkpoint.tokenizer.as_ref()),
         "chat_template": checkpoint.chat_template,
         "generation": {
@@ -87,14 +88,14 @@ fn tokenizer(source: Option<&TokenizerSource>) -> Value {
         Some(TokenizerSource::HuggingFace { bos, .. }) => json!({"source": "tokenizer.json", "bos": bos}),
         Some(TokenizerSource::Gguf(v)) => json!({
             "source": "gguf", "model": v.model, "pre": v.pre, "tokens": v.tokens.len(), "merges": v.merges.len(),
-            "bos": v.bos, "eos": v.eos, "add_bos": v.add_bos,
+            "bos": v.bos, "eos": v.eos, "add_bos": v.add_bos, "add_eos": v.add_eos,
         }),
     }
 }
 
 fn print_text(path: &std::path::Path, facts: &Value) {
     println!("{}", path.display());
-    for key in ["format", "architecture", "name", "file_bytes"] {
+    for key in ["format", "architecture", "name", "file_bytes", "pooling"] {
         println!("  {key:<18} {}", plain(&facts[key]));
     }
     for section in ["geometry", "tokenizer", "generation"] {

@@ -114,6 +114,11 @@ impl Session {
         });
         bar.finish_and_clear();
         let loaded = loaded?;
+        if loaded.pooling.is_some() {
+            return Err(Failure::usage(
+                "this is an embedding model and generates no text: serve it and ask /v1/embeddings",
+            ));
+        }
         let defaults = loaded.generation.clone();
         let tokenizer = Arc::clone(&loaded.tokenizer);
         let sampling = SamplingParams {
@@ -188,6 +193,7 @@ impl Session {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: None,
             arrival: Instant::now(),

@@ -5,7 +5,13 @@ mod common;
 
 use std::hash::{DefaultHasher, Hasher};
 
-use bitnet_core::{Checkpoint, TokenId, kernels, kv_cache::KvDtype, model::LogitRows};
+use bitnet_core::{
+    Checkpoint, TokenId,
+    checkpoint::Pooling,
+    kernels,
+    kv_cache::KvDtype,
+    model::{LogitRows, PooledStates},
+};
 use common::{Engine, MAX_CONTEXT, Setup, Share, golden, open};
 
 const THREADS: [usize; 3] = [1, 2, 3];
@@ -47,6 +53,28 @@ fn logits_depend_on_no_batch_and_no_chunk() {
                 let hash = hash_of_logits(&checkpoint, dtype, setup("auto", 2), batch, chunk);
                 assert_eq!(hash, reference, "{model} {dtype:?} batch {batch} chunk {chunk}");
             }
+        }
+    }
+}
+
+#[test]
+fn a_mean_of_hidden_states_depends_on_no_kernel_no_thread_and_no_chunk() {
+    let checkpoint = open(&golden("p1_packed"));
+    let ids = tokens(3, 270);
+    let mean = |setup: Setup, chunk: usize| {
+        let mut engine = Engine::new(&checkpoint, KvDtype::F16, setup);
+        let mut pooled = PooledStates::new(Pooling::Mean);
+        for (i, tokens) in ids.chunks(chunk).enumerate() {
+            let batch = engine.batch(&[Share { slot: 1, tokens, start: i * chunk, logits: LogitRows::All }]);
+            engine.model.forward(&batch, &mut engine.kv, &mut engine.workspace);
+            (0..tokens.len()).for_each(|row| pooled.add(i * chunk + row, engine.workspace.hidden_state(row)));
+        }
+        pooled.embedding().expect("finite values")
+    };
+    let expected = mean(setup("scalar", 1), 512);
+    for kernel in kernels::available() {
+        for (num_threads, chunk) in THREADS.into_iter().zip([7, 64, 1]) {
+            assert_eq!(mean(setup(kernel.name(), num_threads), chunk), expected, "{} chunk {chunk}", kernel.name());
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use bitnet_core::{
     Checkpoint, LoadError, LoadOptions, Model, TokenId, Tokenizer, checkpoint,
-    checkpoint::{FileSummary, GenerationDefaults, I2sLayout, ModelConfig, TokenizerSource},
+    checkpoint::{FileSummary, GenerationDefaults, I2sLayout, ModelConfig, Pooling, TokenizerSource},
     kernels::{self, KernelError, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache},
     model::{ModelOptions, SparseFfn, Workspace},
@@ -77,6 +77,8 @@ pub struct LoadedModel {
     pub eos: Option<TokenId>,
     /// Sampling defaults and stop tokens.
     pub generation: GenerationDefaults,
+    /// Set for an embedding model.
+    pub pooling: Option<Pooling>,
     /// For the metrics.
     pub info: ModelInfo,
     /// Every kernel of this CPU, and whether it passed its self-test.
@@ -146,7 +148,11 @@ pub fn load_checkpoint(
     let tested = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
     let kernel = tested.kernel;
     let packing = supported(settings.packing, kernel)?;
-    let options = ModelOptions { packing, sparse_ffn: settings.sparse_ffn, ..ModelOptions::default() };
+    let mut options = ModelOptions { packing, sparse_ffn: settings.sparse_ffn, ..ModelOptions::default() };
+    if checkpoint.pooling.is_some() {
+        // Nobody wants its logits.
+        options.min_screened_vocab = usize::MAX;
+    }
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
     let tokenizer = Arc::new(Tokenizer::from_source(source)?);
     let generation = checkpoint.generation.clone();
@@ -168,6 +174,7 @@ pub fn load_checkpoint(
         chat_template: checkpoint.chat_template,
         eos: eos.or(generation.stop_tokens.first().copied()),
         generation,
+        pooling: checkpoint.pooling,
         info: model_info(&checkpoint.config, &checkpoint.summary),
         kernels: tested.results.iter().map(|(name, result)| (*name, result.is_ok())).collect(),
         file_bytes: checkpoint.summary.file_bytes,
@@ -234,6 +241,7 @@ pub fn start_service(
             description,
             max_model_len,
             vocab_size: geometry.vocab_size,
+            pooling: loaded.pooling,
             kernel: kernel.to_owned(),
             failed_kernels: kernels.iter().filter(|(_, passed)| !passed).map(|(name, _)| (*name).to_owned()).collect(),
             fingerprint: fingerprint(&identity),

@@ -8,11 +8,14 @@ use std::{
 };
 
 use bitnet_core::{
-    LoadOptions, Model, TokenId, checkpoint, kernels, kv_cache::KvDtype, sampling::SamplingParams, threads::WorkerPool,
+    LoadOptions, Model, TokenId, checkpoint, checkpoint::Pooling, kernels, kv_cache::KvDtype, sampling::SamplingParams,
+    threads::WorkerPool,
 };
 use bitnet_server::{
     config::{ClientId, PrefixSharing, Speculation},
-    engine::{Engine, EngineConfig, EngineError, EngineHandle, GenerationRequest, SequenceEvent, SequenceStream},
+    engine::{
+        Engine, EngineConfig, EngineError, EngineHandle, FinishReason, GenerationRequest, SequenceEvent, SequenceStream,
+    },
     metrics::{Metrics, MetricsLimits},
 };
 
@@ -73,6 +76,7 @@ fn requests() -> Vec<GenerationRequest> {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: Some(now + Duration::from_secs(600)),
             arrival: now,
@@ -154,6 +158,60 @@ async fn the_prefix_cache_changes_no_bit() {
         let other = GenerationRequest { client: ClientId::from_address([10, 0, 0, 1].into()), ..next.clone() };
         let (answer, cached) = read_all(submit(&warm, &other)).await;
         assert_eq!((answer, cached[0]), (expected, 0), "nobody finds another's");
+    }
+}
+
+/// Both kinds of vectors of each prompt.
+fn vector_requests() -> Vec<GenerationRequest> {
+    let vector = |pooling| {
+        let of = move |request| GenerationRequest {
+            pooling: Some(pooling),
+            num_choices: 1,
+            max_tokens: 0,
+            prompt_logprobs: None,
+            ..request
+        };
+        requests().into_iter().map(of)
+    };
+    vector(Pooling::Mean).chain(vector(Pooling::Last)).collect()
+}
+
+#[tokio::test]
+async fn a_vector_never_depends_on_its_neighbours_nor_on_the_cache() {
+    let handle = start(1, &EngineConfig { prefix_sharing: PrefixSharing::Off, ..roomy() });
+    let requests = vector_requests();
+    let mut alone = Vec::new();
+    for request in &requests {
+        alone.push(read_all(submit(&handle, request)).await.0);
+    }
+    for events in alone.iter().flatten() {
+        let SequenceEvent::PromptDone { embedding: Some(vector), .. } = &events[0] else { panic!("{events:?}") };
+        let length: f32 = vector.iter().map(|value| value * value).sum();
+        assert!(vector.len() == 256 && (length - 1.0).abs() < 1e-5, "{length}");
+        assert_eq!(events[1..], [SequenceEvent::Finished(FinishReason::Length)]);
+    }
+    assert_ne!(alone[0], alone[6], "the mean is not the last");
+
+    // Beside sequences that generate, in chunks of five, on blocks that do not suffice for all.
+    let crowded = EngineConfig { max_num_batched_tokens: 5, num_kv_blocks: 8, ..roomy() };
+    for (num_threads, config) in [(2, roomy()), (1, crowded)] {
+        let handle = start(num_threads, &config);
+        let texts: Vec<_> = self::requests().iter().map(|request| submit(&handle, request)).collect();
+        let streams: Vec<_> = requests.iter().rev().map(|request| submit(&handle, request)).collect();
+        for (streams, alone) in streams.into_iter().rev().zip(&alone) {
+            assert_eq!(&read_all(streams).await.0, alone, "{config:?}");
+        }
+        for streams in texts {
+            read_all(streams).await;
+        }
+    }
+
+    let warm = start(1, &roomy());
+    for (request, alone) in requests.iter().zip(&alone) {
+        read_all(submit(&warm, request)).await;
+        let (answer, cached) = read_all(submit(&warm, request)).await;
+        let found = if request.pooling == Some(Pooling::Last) { (request.prompt.len() - 1) / 16 * 16 } else { 0 };
+        assert_eq!((&answer, cached[0]), (alone, found), "a mean needs every row, the last one only itself");
     }
 }
 

@@ -3,11 +3,12 @@
 
 use super::{
     Activation, Checkpoint, FileSummary, GenerationDefaults, GgufVocabulary, LoadError, LoadOptions, MappedBytes,
-    ModelConfig, TokenizerSource,
+    ModelConfig, Pooling, TokenizerSource,
     generation::{self, EndOfTurn},
     geometry::{self, RopeScaling},
     gguf::{Array, Gguf, GgufError, TensorInfo, Value},
     names::{self, Conventions, Naming},
+    pooling,
     table::{Encoding, RawTensor, TensorTable},
 };
 use crate::ids::TokenId;
@@ -54,6 +55,10 @@ pub(super) fn read(gguf: &Gguf<'_>, file: &MappedBytes, options: &LoadOptions) -
     {
         notes.push(format!("dropped: beginning-of-sequence id {id} is outside the vocabulary"));
     }
+    let pooling = pooling(keys)?;
+    if let (Some(_), Some(vocabulary)) = (pooling, &mut vocabulary) {
+        vocabulary.add_eos = keys.boolean("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    }
     let mut chat_template = keys.string("tokenizer.chat_template")?.map(str::to_owned);
     if architecture == Architecture::BitNetB158 {
         repair(vocabulary.as_mut(), &mut chat_template, &mut notes);
@@ -62,7 +67,7 @@ pub(super) fn read(gguf: &Gguf<'_>, file: &MappedBytes, options: &LoadOptions) -
     let summary =
         FileSummary { format: "gguf".into(), file_bytes: file.bytes().len() as u64, tensors: table.summary() };
     let tokenizer = vocabulary.map(TokenizerSource::Gguf);
-    Ok(Checkpoint { config, weights, tokenizer, chat_template, generation, summary, notes })
+    Ok(Checkpoint { config, weights, tokenizer, chat_template, generation, pooling, summary, notes })
 }
 
 /// `tokenizer.ggml.*`, unrepaired; `None` when the file has no tokens. At most `max_tokens` of them are accepted.
@@ -99,6 +104,7 @@ pub fn vocabulary(gguf: &Gguf<'_>, max_tokens: usize) -> Result<Option<GgufVocab
         unknown: id("tokenizer.ggml.unknown_token_id")?,
         // SentencePiece models begin with BOS unless told otherwise; byte-level ones when told so, Llama 3's always.
         add_bos: keys.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or_else(|| default_add_bos(keys, model)),
+        add_eos: false,
         add_space_prefix: keys.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(model == "llama"),
     }))
 }
@@ -183,6 +189,17 @@ fn model_config(keys: Keys<'_>, architecture: Architecture, table: &mut TensorTa
     config.rope_freq_factors = rope_freq_factors(keys, prefix, table, &config)?;
     geometry::check(&config)?;
     Ok(config)
+}
+
+/// What makes it an embedding model. Some of those let every token see the whole text, which is another graph.
+fn pooling(keys: Keys<'_>) -> Result<Option<Pooling>, LoadError> {
+    let prefix = keys.required_string(ARCHITECTURE)?;
+    let causal = format!("{prefix}.attention.causal");
+    if keys.boolean(&causal)? == Some(false) {
+        return Err(LoadError::unsupported(format!("`{causal}` false"), "tokens attend to those before them only"));
+    }
+    let key = format!("{prefix}.pooling_type");
+    pooling::of_gguf(&key, keys.integer(&key)?)
 }
 
 /// Frequency divisors from the tensor, or from a linear scaling, which is the same divisor for all.

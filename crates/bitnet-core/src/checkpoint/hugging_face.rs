@@ -15,12 +15,13 @@ use super::{
     geometry::{self, RopeScaling},
     hugging_face_text::{self, Text},
     names::{self, Conventions, LINEAR_MODULES, Naming},
+    pooling,
     safetensors::{self, TensorEntry},
     table::{Encoding, RawTensor, TensorTable},
 };
 
 /// Longest `config.json`; real ones have a few kilobytes.
-const MAX_CONFIG_BYTES: u64 = 128 << 10;
+pub(super) const MAX_CONFIG_BYTES: u64 = 128 << 10;
 
 /// Longest index of a sharded model.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -41,12 +42,21 @@ pub(super) fn open(dir: &Path, options: &LoadOptions) -> Result<Checkpoint, Load
     let json = ConfigJson(read_json(&config_path, MAX_CONFIG_BYTES)?);
     let architecture = Architecture::of(&json)?;
     let quantization = Quantization::of(&json)?;
+    let pooling = pooling::of_directory(dir)?;
+    let has_head = !json.class().is_some_and(|class| class.ends_with("Model"));
+    if !has_head && pooling.is_none() {
+        let what = format!("class `{}` without modules.json", json.class().unwrap_or_default());
+        return Err(LoadError::unsupported(
+            what,
+            "a model without a head generates no text; only embedding models are",
+        ));
+    }
     let (mut table, file_bytes) = tensor_table(dir)?;
     let config = model_config(&json, architecture)?;
     let conventions = Conventions {
-        naming: Naming::HuggingFace,
+        naming: if has_head { Naming::HuggingFace } else { Naming::HuggingFaceHeadless },
         sub_norms: architecture != Architecture::Llama,
-        tied: Some(json.boolean("tie_word_embeddings")?.unwrap_or(false)),
+        tied: Some(!has_head || json.boolean("tie_word_embeddings")?.unwrap_or(false)),
         interleaved_heads: false,
         scale_divides: quantization.scale_divides,
         i2s_layout: options.i2s_layout,
@@ -59,7 +69,7 @@ pub(super) fn open(dir: &Path, options: &LoadOptions) -> Result<Checkpoint, Load
     let Text { tokenizer, chat_template, generation } =
         hugging_face_text::read(dir, &ends, bos, config.vocab_size, &mut notes)?;
     let summary = FileSummary { format: "safetensors".into(), file_bytes, tensors: table.summary() };
-    Ok(Checkpoint { config, weights, tokenizer, chat_template, generation, summary, notes })
+    Ok(Checkpoint { config, weights, tokenizer, chat_template, generation, pooling, summary, notes })
 }
 
 /// Reads a small JSON file; of a key that occurs twice the last one counts, as in Python.
@@ -84,11 +94,11 @@ pub(super) fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>, LoadErro
 /// The graphs a `config.json` can name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Architecture {
-    /// `BitNetForCausalLM`: relu2 unless the file says otherwise.
+    /// `BitNetForCausalLM`, without its head `BitNetModel`: relu2 unless the file says otherwise.
     BitNet,
     /// `BitnetForCausalLM` of the 1bitLLM repositories: SiLU unless the file says otherwise.
     OneBitLlm,
-    /// `LlamaForCausalLM`: SiLU, no sub-norms.
+    /// `LlamaForCausalLM`, without its head `LlamaModel`: SiLU, no sub-norms.
     Llama,
 }
 
@@ -96,9 +106,9 @@ impl Architecture {
     fn of(json: &ConfigJson) -> Result<Self, LoadError> {
         let class = json.class();
         match (class, json.string("model_type")?) {
-            (Some("BitNetForCausalLM"), _) | (None, Some("bitnet")) => Ok(Self::BitNet),
+            (Some("BitNetForCausalLM" | "BitNetModel"), _) | (None, Some("bitnet")) => Ok(Self::BitNet),
             (Some("BitnetForCausalLM"), _) => Ok(Self::OneBitLlm),
-            (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Self::Llama),
+            (Some("LlamaForCausalLM" | "LlamaModel"), _) | (None, Some("llama")) => Ok(Self::Llama),
             (class, model_type) => Err(LoadError::unsupported(
                 format!("architecture `{}`", class.or(model_type).unwrap_or("not stated")),
                 "only BitNetForCausalLM, BitnetForCausalLM and LlamaForCausalLM with ternary weights are",

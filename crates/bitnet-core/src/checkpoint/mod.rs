@@ -13,6 +13,7 @@ mod hugging_face;
 mod hugging_face_text;
 mod map;
 mod names;
+mod pooling;
 pub mod safetensors;
 mod synthetic;
 mod table;
@@ -21,6 +22,7 @@ mod tensors;
 pub use error::LoadError;
 pub use gguf_model::vocabulary as gguf_vocabulary;
 pub use map::MappedBytes;
+pub use pooling::Pooling;
 pub use synthetic::{SYNTHETIC_NAMES, synthetic};
 pub use tensors::{DenseEncoding, DenseMatrix, LayerTensors, TernaryReader, TernaryTensor, WeightTensors};
 
@@ -79,6 +81,8 @@ pub struct Checkpoint {
     pub chat_template: Option<String>,
     /// Sampling defaults and end-of-generation tokens the file states.
     pub generation: GenerationDefaults,
+    /// Set for an embedding model: what becomes of its hidden states.
+    pub pooling: Option<Pooling>,
     /// What `bitnet inspect` prints beyond the above.
     pub summary: FileSummary,
     /// One line for each defect repaired and each choice made, to be logged once.
@@ -196,6 +200,8 @@ pub struct GgufVocabulary {
     pub unknown: Option<TokenId>,
     /// Whether a prompt starts with `bos`.
     pub add_bos: bool,
+    /// Whether a text ends with `eos`; only texts that are embedded do.
+    pub add_eos: bool,
     /// SentencePiece: prefix the text with a space.
     pub add_space_prefix: bool,
 }

@@ -18,6 +18,8 @@ pub(super) enum Naming {
     Gguf,
     /// `model.layers.N.self_attn.q_proj.weight`.
     HuggingFace,
+    /// The same without `model.`: a model saved without its head.
+    HuggingFaceHeadless,
 }
 
 /// What the weights of a file mean, beyond names and shapes.
@@ -201,7 +203,7 @@ impl Builder<'_> {
 
     /// How the codes of a linear layer are stored.
     fn ternary_encoding(&self, tensor: &RawTensor, has_scale: bool) -> Result<TernaryEncoding, LoadError> {
-        let hugging_face = self.conventions.naming == Naming::HuggingFace;
+        let hugging_face = self.conventions.naming != Naming::Gguf;
         let unsupported = |advice| {
             Err(LoadError::unsupported(format!("type {} of tensor `{}`", tensor.type_name, tensor.name), advice))
         };
@@ -227,7 +229,7 @@ impl Builder<'_> {
     fn multiplier(&mut self, module: &str) -> Result<Option<f32>, LoadError> {
         let (suffix, divides) = match self.conventions.naming {
             Naming::Gguf => ("scale", false),
-            Naming::HuggingFace => ("weight_scale", self.conventions.scale_divides),
+            Naming::HuggingFace | Naming::HuggingFaceHeadless => ("weight_scale", self.conventions.scale_divides),
         };
         let Some(tensor) = self.table.take(&format!("{module}.{suffix}")) else { return Ok(None) };
         if tensor.shape.iter().any(|&dimension| dimension != 1) {
@@ -283,29 +285,34 @@ impl Role {
             (Naming::Gguf, Self::Gate) => (false, &["ffn_gate"]),
             (Naming::Gguf, Self::Up) => (false, &["ffn_up"]),
             (Naming::Gguf, Self::Down) => (false, &["ffn_down"]),
-            (Naming::HuggingFace, Self::Embedding) => (true, &["model.embed_tokens"]),
-            (Naming::HuggingFace, Self::OutputNorm) => (true, &["model.norm"]),
-            (Naming::HuggingFace, Self::Head) => (true, &["lm_head"]),
-            (Naming::HuggingFace, Self::AttnNorm) => (false, &["input_layernorm"]),
-            (Naming::HuggingFace, Self::AttnSubNorm) => {
-                (false, &["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"])
-            }
-            (Naming::HuggingFace, Self::FfnNorm) => (false, &["post_attention_layernorm"]),
-            (Naming::HuggingFace, Self::FfnSubNorm) => (false, &["mlp.ffn_sub_norm", "mlp.ffn_layernorm"]),
-            (Naming::HuggingFace, Self::Q) => (false, &["self_attn.q_proj"]),
-            (Naming::HuggingFace, Self::K) => (false, &["self_attn.k_proj"]),
-            (Naming::HuggingFace, Self::V) => (false, &["self_attn.v_proj"]),
-            (Naming::HuggingFace, Self::O) => (false, &["self_attn.o_proj"]),
-            (Naming::HuggingFace, Self::Gate) => (false, &["mlp.gate_proj"]),
-            (Naming::HuggingFace, Self::Up) => (false, &["mlp.up_proj"]),
-            (Naming::HuggingFace, Self::Down) => (false, &["mlp.down_proj"]),
+            (_, Self::Embedding) => (true, &["model.embed_tokens"]),
+            (_, Self::OutputNorm) => (true, &["model.norm"]),
+            (_, Self::Head) => (true, &["lm_head"]),
+            (_, Self::AttnNorm) => (false, &["input_layernorm"]),
+            (_, Self::AttnSubNorm) => (false, &["self_attn.attn_sub_norm", "self_attn.inner_attn_ln"]),
+            (_, Self::FfnNorm) => (false, &["post_attention_layernorm"]),
+            (_, Self::FfnSubNorm) => (false, &["mlp.ffn_sub_norm", "mlp.ffn_layernorm"]),
+            (_, Self::Q) => (false, &["self_attn.q_proj"]),
+            (_, Self::K) => (false, &["self_attn.k_proj"]),
+            (_, Self::V) => (false, &["self_attn.v_proj"]),
+            (_, Self::O) => (false, &["self_attn.o_proj"]),
+            (_, Self::Gate) => (false, &["mlp.gate_proj"]),
+            (_, Self::Up) => (false, &["mlp.up_proj"]),
+            (_, Self::Down) => (false, &["mlp.down_proj"]),
         };
         let prefix = match (whole_model, naming) {
             (true, _) => String::new(),
             (false, Naming::Gguf) => format!("blk.{layer}."),
-            (false, Naming::HuggingFace) => format!("model.layers.{layer}."),
+            (false, _) => format!("model.layers.{layer}."),
         };
-        names.iter().map(|name| format!("{prefix}{name}.weight")).collect()
+        let name = |name: &&str| {
+            let name = format!("{prefix}{name}.weight");
+            match naming {
+                Naming::HuggingFaceHeadless => name.trim_start_matches("model.").to_owned(),
+                Naming::Gguf | Naming::HuggingFace => name,
+            }
+        };
+        names.iter().map(name).collect()
     }
 }
 

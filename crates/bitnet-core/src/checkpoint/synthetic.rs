@@ -66,6 +66,7 @@ impl Shape {
             tokenizer: None,
             chat_template: None,
             generation: GenerationDefaults::default(),
+            pooling: None,
             summary: FileSummary { format: "synthetic".into(), ..FileSummary::default() },
             notes: Vec::new(),
         }

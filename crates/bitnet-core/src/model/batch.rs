@@ -33,7 +33,7 @@ pub enum LogitRows {
     None,
     /// The last row.
     Last,
-    /// Every row (echo with log-probabilities).
+    /// Every row (echo with log-probabilities, a mean of hidden states).
     All,
 }
 

@@ -12,6 +12,7 @@ mod forward;
 mod lm_head;
 mod norm;
 mod phases;
+mod pooling;
 mod rope;
 mod screen;
 mod self_test;
@@ -21,6 +22,7 @@ mod workspace;
 
 pub use batch::{Batch, BatchError, BatchSequence, LogitRows};
 pub use forward::{Trace, TracePoint};
+pub use pooling::PooledStates;
 pub use screen::Screened;
 pub use sparse::SparseFfn;
 pub use weights::{Model, ModelOptions, StepCost, WeightBytes};

@@ -122,6 +122,11 @@ impl Workspace {
         self.max_context
     }
 
+    /// Width of a hidden state.
+    pub(super) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     /// Whether it was made for `model`, or one of the same geometry.
     pub(super) fn fits(&self, model: &Model) -> bool {
         self.config == *model.config()

@@ -82,7 +82,7 @@ fn byte_level(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Parts,
         normalizer: None,
         pre_tokenizer: Some(splitter),
         model,
-        post_processor: bos_rule(vocabulary)?,
+        post_processor: special_rule(vocabulary)?,
         added: added_tokens(vocabulary, kinds),
         table: table(vocabulary, kinds, Spelling::ByteLevel)?,
     })
@@ -105,7 +105,7 @@ fn sentence_piece(vocabulary: &GgufVocabulary, kinds: &[TokenKind]) -> Result<Pa
         normalizer: Some(normalizer),
         pre_tokenizer: None,
         model,
-        post_processor: bos_rule(vocabulary)?,
+        post_processor: special_rule(vocabulary)?,
         added: added_tokens(vocabulary, kinds),
         table: table(vocabulary, kinds, spelling)?,
     })
@@ -164,23 +164,32 @@ fn table(vocabulary: &GgufVocabulary, kinds: &[TokenKind], spelling: Spelling) -
     TokenTable::build(&entries, spelling)
 }
 
-/// BOS before every prompt, if the file says so.
-fn bos_rule(vocabulary: &GgufVocabulary) -> Result<Option<PostProcessorWrapper>, TokenizerError> {
-    if !vocabulary.add_bos {
+/// BOS before and EOS after every text, if the file says so.
+fn special_rule(vocabulary: &GgufVocabulary) -> Result<Option<PostProcessorWrapper>, TokenizerError> {
+    let [bos, eos] = [(vocabulary.add_bos, vocabulary.bos, "bos"), (vocabulary.add_eos, vocabulary.eos, "eos")].map(
+        |(wanted, id, name)| match (wanted, id) {
+            (false, _) => Ok(None),
+            (true, Some(id)) => Ok(Some((id, &vocabulary.tokens[id.index()]))),
+            (true, None) => {
+                let what = format!("tokenizer.ggml.add_{name}_token is true, but there is no {name}_token_id");
+                Err(TokenizerError::Invalid(what))
+            }
+        },
+    );
+    let (bos, eos) = (bos?, eos?);
+    if bos.is_none() && eos.is_none() {
         return Ok(None);
     }
-    let Some(bos) = vocabulary.bos else {
-        let what = "tokenizer.ggml.add_bos_token is true, but there is no bos_token_id";
-        return Err(TokenizerError::Invalid(what.to_owned()));
-    };
-    let text = &vocabulary.tokens[bos.index()];
-    let special = json!({"SpecialToken": {"id": text, "type_id": 0}});
-    let sequence = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let special =
+        |token: Option<(TokenId, &String)>| token.map(|(_, text)| json!({"SpecialToken": {"id": text, "type_id": 0}}));
+    let text = |id: &str| [special(bos), Some(json!({"Sequence": {"id": id, "type_id": 0}})), special(eos)];
+    let tokens = bos.into_iter().chain(eos);
+    let tokens = tokens.map(|(id, text)| (text.clone(), json!({"id": text, "ids": [id.0], "tokens": [text]})));
     let rule = json!({
         "type": "TemplateProcessing",
-        "single": [special, sequence("A")],
-        "pair": [special, sequence("A"), special, sequence("B")],
-        "special_tokens": {(text.as_str()): {"id": text, "ids": [bos.0], "tokens": [text]}},
+        "single": text("A").into_iter().flatten().collect::<Vec<_>>(),
+        "pair": text("A").into_iter().chain(text("B")).flatten().collect::<Vec<_>>(),
+        "special_tokens": tokens.collect::<serde_json::Map<_, _>>(),
     });
     serde_json::from_value(rule).map(Some).map_err(invalid)
 }
@@ -281,6 +290,15 @@ mod tests {
         assert_eq!(tokenizer.decode(&ids, false), "<s> the é</s>");
         assert_eq!(tokenizer.token_bytes(TokenId(3 + 0xC3)), [0xC3]);
         assert_eq!(tokenizer.token_bytes(TokenId(265)), b" the");
+    }
+
+    #[test]
+    fn a_text_ends_with_eos_where_the_file_says_so() {
+        let both = load(&GgufVocabulary { add_eos: true, ..llama_vocabulary() }).unwrap();
+        assert_eq!(encode(&both, "the", READ), [1, 265, 2]);
+        let eos = GgufVocabulary { add_bos: false, add_eos: true, ..llama_vocabulary() };
+        assert_eq!(encode(&load(&eos).unwrap(), "the", READ), [265, 2]);
+        assert!(load(&GgufVocabulary { eos: None, ..eos }).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bitnet_core::{
     TokenId,
-    checkpoint::{self, Activation, LoadError, LoadOptions},
+    checkpoint::{self, Activation, LoadError, LoadOptions, Pooling, TokenizerSource},
 };
 use proptest::prelude::*;
 
@@ -106,6 +106,13 @@ const MEANING: &[Row] = &[
     ("unknown RoPE scaling", "RoPE scaling `yarn`", |f| f.set("bitnet-b1.58.rope.scaling.type", string("yarn"))),
     ("unknown activation", "activation `gelu`", |f| f.set("bitnet-b1.58.hidden_activation", string("gelu"))),
     ("experts", "expert_count", |f| f.set("bitnet-b1.58.expert_count", u32_value(8))),
+    ("attention to what follows", "attention.causal` false", |f| {
+        f.set("bitnet-b1.58.attention.causal", bool_value(false))
+    }),
+    ("pooling by the first token", "pooling_type` 2", |f| f.set("bitnet-b1.58.pooling_type", u32_value(2))),
+    ("a ranking model", "pooling_type` 4", |f| f.set("bitnet-b1.58.pooling_type", u32_value(4))),
+    ("unknown pooling", "pooling_type` 4294967295", |f| f.set("bitnet-b1.58.pooling_type", u32_value(u32::MAX))),
+    ("pooling as text", "pooling_type` is a string", |f| f.set("bitnet-b1.58.pooling_type", string("mean"))),
     ("vocabulary 0", "vocabulary size", |f| f.set("bitnet-b1.58.vocab_size", u32_value(0))),
     ("vocabulary beyond the embedding", "the geometry asks for", |f| f.set("bitnet-b1.58.vocab_size", u32_value(9))),
     ("tokens as bytes", "not an array of strings", |f| f.set("tokenizer.ggml.tokens", array(0, &[[0u8]; 8]))),
@@ -217,6 +224,23 @@ fn what_the_file_states_is_honoured() {
     assert_eq!(open(file.bytes()).unwrap().config.activation, Activation::Silu);
     file.set("bitnet.hidden_activation", string("relu2"));
     assert_eq!(open(file.bytes()).unwrap().config.activation, Activation::Relu2);
+}
+
+#[test]
+fn embedding_models_are_known() {
+    let mut file = GgufFile::valid();
+    file.set("tokenizer.ggml.add_eos_token", bool_value(true));
+    file.set("bitnet-b1.58.attention.causal", bool_value(true));
+    let ends = |checkpoint: &checkpoint::Checkpoint| match &checkpoint.tokenizer {
+        Some(TokenizerSource::Gguf(vocabulary)) => vocabulary.add_eos,
+        _ => panic!("a GGUF vocabulary"),
+    };
+    for (value, expected) in [(0, None), (1, Some(Pooling::Mean)), (3, Some(Pooling::Last))] {
+        file.set("bitnet-b1.58.pooling_type", u32_value(value));
+        let checkpoint = open(file.bytes()).unwrap();
+        // A prompt to be continued must not say that it has ended.
+        assert_eq!((checkpoint.pooling, ends(&checkpoint)), (expected, expected.is_some()));
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bitnet_core::{
     TokenId,
-    checkpoint::{self, Activation, LoadError, LoadOptions, safetensors},
+    checkpoint::{self, Activation, LoadError, LoadOptions, Pooling, safetensors},
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -57,6 +57,15 @@ const CONFIG: &[Row] = &[
     }),
     ("partial rotation", "partial_rotary_factor", |d| d.config["partial_rotary_factor"] = json!(0.5)),
     ("infinite epsilon", "RMSNorm epsilon", |d| d.config["rms_norm_eps"] = json!(1e300)),
+    ("modules not json", "modules.json", |d| d.files.push(("modules.json", b"[".to_vec()))),
+    ("modules of another kind", "module `Dense`", |d| modules(d, &[("", "Transformer"), ("2_Dense", "Dense")])),
+    ("modules with two poolings", "module `Pooling`", |d| modules(d, &[("1_a", "Pooling"), ("1_b", "Pooling")])),
+    ("modules without pooling", "names no pooling", |d| modules(d, &[("", "Transformer")])),
+    ("pooling outside", "no plain folder name", |d| modules(d, &[("../1_Pooling", "Pooling")])),
+    ("pooling not there", "no such file", |d| modules(d, &[("1_Pooling", "Pooling")])),
+    ("class without a head", "BitNetModel` without modules.json", |d| {
+        d.config["architectures"] = json!(["BitNetModel"])
+    }),
     ("tokenizer not json", "tokenizer.json", |d| d.files.push(("tokenizer.json", b"PK\x03\x04".to_vec()))),
     ("tokenizer of lists", "is not a tokenizer", |d| {
         d.files.push(("tokenizer.json", br#"{"added_tokens":[{"id":"x"}]}"#.to_vec()));
@@ -150,6 +159,14 @@ fn entry(dir: &mut HuggingFaceDir, shape: &str, offsets: &str) {
     raw(dir, &format!("{{\"a\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":{offsets}}}}}"), 4);
 }
 
+/// Modules of sentence-transformers: folder and class.
+fn modules(dir: &mut HuggingFaceDir, modules: &[(&str, &str)]) {
+    let module =
+        |(path, class): &(&str, &str)| json!({"path": path, "type": format!("sentence_transformers.models.{class}")});
+    let modules: Vec<_> = modules.iter().map(module).collect();
+    dir.files.push(("modules.json", json!(modules).to_string().into_bytes()));
+}
+
 /// Replaces the weights by an index that names one shard.
 fn index(dir: &mut HuggingFaceDir, shard: &str) {
     let json = json!({"metadata": {"total_size": 1}, "weight_map": {"a": shard}});
@@ -214,6 +231,32 @@ fn the_names_of_the_1bitllm_repositories_are_known() {
     let mut codes = vec![9; 128];
     reader.decode_row(5, &mut codes).unwrap();
     assert_eq!((codes[..4].to_vec(), reader.scale()), (vec![0, -1, 1, 0], 0.75));
+}
+
+#[test]
+fn embedding_models_are_known_with_and_without_a_head() {
+    let mut dir = HuggingFaceDir::valid();
+    modules(&mut dir, &[("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]);
+    let pooling = |path: &std::path::Path, mode: &str| {
+        std::fs::create_dir_all(path.join("1_Pooling")).unwrap();
+        let config = json!({format!("pooling_mode_{mode}"): true, "pooling_mode_cls_token": false});
+        std::fs::write(path.join("1_Pooling/config.json"), config.to_string()).unwrap();
+    };
+    for headless in [false, true] {
+        if headless {
+            dir.config["architectures"] = json!(["BitNetModel"]);
+            dir.config["tie_word_embeddings"] = json!(false);
+            dir.tensors.iter_mut().for_each(|tensor| tensor.0 = tensor.0.replacen("model.", "", 1));
+        }
+        let (path, _) = dir.write("embedding_model");
+        for (mode, expected) in [("mean_tokens", Pooling::Mean), ("lasttoken", Pooling::Last)] {
+            pooling(&path, mode);
+            assert_eq!(open(&path).unwrap().pooling, Some(expected));
+        }
+        pooling(&path, "max_tokens");
+        assert!(open(&path).unwrap_err().to_string().contains("pooling by max_tokens"));
+    }
+    assert_eq!(open(&HuggingFaceDir::valid().write("no_embedding_model").0).unwrap().pooling, None);
 }
 
 #[test]

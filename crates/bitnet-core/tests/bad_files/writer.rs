@@ -160,6 +160,10 @@ pub(crate) fn f32_value(value: f32) -> Vec<u8> {
     [6u32.to_le_bytes(), value.to_le_bytes()].concat()
 }
 
+pub(crate) fn bool_value(value: bool) -> Vec<u8> {
+    [&7u32.to_le_bytes()[..], &[u8::from(value)]].concat()
+}
+
 pub(crate) fn array<const N: usize>(element: u32, items: &[[u8; N]]) -> Vec<u8> {
     [&array_head(element, items.len() as u64)[..], &items.concat()].concat()
 }

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use bitnet_core::{
     Batch, Model, TokenId,
+    checkpoint::Pooling,
     kv_cache::KvCache,
     model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, TokenLogprobs},
@@ -32,6 +33,8 @@ pub trait Executor: Send + 'static {
 pub struct StepOutput {
     /// When the request asked: log-probabilities of the prompt tokens that follow the tokens computed.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// When the request asked, and the share ended with the last token of the prompt: its vector.
+    pub embedding: Option<Vec<f32>>,
     /// The next token, when the share ended with the last known one and more are wanted; then the one after each guess that
     /// came true, up to a stop token. They are those that would be drawn one by one.
     pub tokens: Vec<TokenEvent>,
@@ -109,18 +112,29 @@ impl Executor for ModelExecutor {
             .flat_map(|index| logit_positions(&shares[index]).map(move |position| (index, position)))
             .collect();
         let has_screen = self.model.has_screen();
-        let is_whole = |row: &(usize, usize)| !has_screen || shares[row.0].needs_whole_rows();
+        let reading = |row: &(usize, usize)| shares[row.0].reading(has_screen);
         let mut first = 0;
-        for same in rows.chunk_by(|a, b| is_whole(a) == is_whole(b)) {
-            if is_whole(&same[0]) {
-                self.read_rows(first, same, shares, &mut outputs);
-            } else {
-                self.read_screened_rows(first, same, shares, &mut outputs);
+        for same in rows.chunk_by(|a, b| reading(a) == reading(b)) {
+            match reading(&same[0]) {
+                Reading::Hidden => self.pool_rows(first, same, shares, &mut outputs),
+                Reading::Whole => self.read_rows(first, same, shares, &mut outputs),
+                Reading::Screened => self.read_screened_rows(first, same, shares, &mut outputs),
             }
             first += same.len();
         }
         outputs
     }
+}
+
+/// What a share wants of its rows that asked for logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// What the logits would be made of.
+    Hidden,
+    /// All logits.
+    Whole,
+    /// Those that matter for the next token, by the head's screen.
+    Screened,
 }
 
 /// Reading the rows of one step that asked for logits: (share, position of the row's token), the `first` and the following.
@@ -137,6 +151,26 @@ impl ModelExecutor {
             let logits = self.model.logits(first..first + group.len(), &mut self.workspace);
             for (&(index, position), row) in group.iter().zip(logits.chunks_exact(vocab_size)) {
                 self.reader.read(row, &shares[index], position, &mut outputs[index]);
+            }
+        }
+    }
+
+    /// As [`Self::read_rows`], for shares that want a vector.
+    fn pool_rows(
+        &self,
+        first: usize,
+        rows: &[(usize, usize)],
+        shares: &[Share<'_>],
+        outputs: &mut [Result<StepOutput, EngineError>],
+    ) {
+        for (row, &(index, position)) in (first..).zip(rows) {
+            let sequence = shares[index].sequence;
+            let Some(pooled) = &sequence.pooled else { continue };
+            pooled.borrow_mut().add(position, self.workspace.hidden_state(row));
+            if position + 1 == sequence.prompt_len() {
+                let embedding = pooled.borrow().embedding().ok_or(EngineError::NotFinite);
+                outputs[index] =
+                    embedding.map(|embedding| StepOutput { embedding: Some(embedding), ..StepOutput::default() });
             }
         }
     }
@@ -191,8 +225,17 @@ impl Share<'_> {
 
     /// Whether the next token is drawn from the last row, or with guesses the next ones from the last rows.
     fn draws(&self) -> bool {
-        let end = self.sequence.num_computed_tokens + self.num_tokens;
-        self.sequence.request.max_tokens > 0 && end == self.sequence.tokens.len()
+        self.sequence.request.max_tokens > 0 && self.ends()
+    }
+
+    /// Whether its last token, guesses aside, is the last known one.
+    fn ends(&self) -> bool {
+        self.sequence.num_computed_tokens + self.num_tokens == self.sequence.tokens.len()
+    }
+
+    /// How its rows become a vector, if they do.
+    fn pooling(&self) -> Option<Pooling> {
+        self.sequence.request.pooling
     }
 
     /// Whether the row of `position` is one from which a token is drawn: the first, or one whose guess came true.
@@ -221,6 +264,15 @@ impl Share<'_> {
         SampleKey { choice: self.sequence.choice, position: position as u32 + 1 }
     }
 
+    /// How its rows are read, by a model with or without a screen.
+    fn reading(&self, has_screen: bool) -> Reading {
+        match self.sequence.pooled {
+            Some(_) => Reading::Hidden,
+            None if has_screen && !self.needs_whole_rows() => Reading::Screened,
+            None => Reading::Whole,
+        }
+    }
+
     /// Whether more than the next token is wanted of its rows, or that token depends on all logits.
     fn needs_whole_rows(&self) -> bool {
         let request = &self.sequence.request;
@@ -247,7 +299,8 @@ fn batch_sequence<'a>(share: &Share<'a>, rows: &'a [TokenId]) -> BatchSequence<'
 }
 
 fn logit_rows(share: &Share<'_>) -> LogitRows {
-    match (share.scores_prompt() || share.num_drafted > 0, share.draws()) {
+    let all = share.scores_prompt() || share.num_drafted > 0 || share.pooling() == Some(Pooling::Mean);
+    match (all, share.draws() || share.pooling().is_some() && share.ends()) {
         (true, _) => LogitRows::All,
         (false, true) => LogitRows::Last,
         (false, false) => LogitRows::None,

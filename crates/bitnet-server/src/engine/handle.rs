@@ -12,6 +12,7 @@ use std::{
 
 use bitnet_core::{
     TokenId,
+    checkpoint::Pooling,
     sampling::{SamplingParams, TokenLogprobs},
 };
 use tokio::sync::mpsc;
@@ -46,6 +47,8 @@ pub struct GenerationRequest {
     pub client: ClientId,
     /// What the output has to look like.
     pub constraint: Option<Arc<dyn OutputRule>>,
+    /// What a vector is made of instead of text: the prompt's hidden states. `max_tokens` is 0 then.
+    pub pooling: Option<Pooling>,
     /// What the output is expected to follow: it may come sooner, and is the same; empty for none.
     pub prediction: Arc<[TokenId]>,
     /// When the request's time is up; `None`: it lives as long as somebody reads it.
@@ -63,6 +66,8 @@ pub enum SequenceEvent {
         cached_tokens: usize,
         /// One entry for each prompt token when asked for; the first has none.
         logprobs: Option<PromptLogprobs>,
+        /// The prompt's vector when asked for.
+        embedding: Option<Vec<f32>>,
     },
     /// One generated token.
     Token(TokenEvent),

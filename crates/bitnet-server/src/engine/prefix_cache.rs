@@ -26,7 +26,7 @@ impl PrefixCache {
 
     /// The blocks that hold the start of `sequence`.
     pub fn find(&self, blocks: &BlockPool, sequence: &mut Sequence) -> Vec<BlockId> {
-        if sequence.scores_prompt() {
+        if sequence.needs_every_row() {
             return Vec::new();
         }
         let most = sequence.tokens.len() / BLOCK_TOKENS;

@@ -289,7 +289,7 @@ impl Scheduler {
 /// Whether a choice that is about to compute its prompt soon need not: another choice of its request is at it.
 fn waits_for_prompt(next: &Sequence, running: &[Sequence]) -> bool {
     let is_at_it = |other: &Sequence| other.first_choice() == next.first_choice() && !other.is_prompt_computed();
-    next.prompt_len() > BLOCK_TOKENS && !next.scores_prompt() && running.iter().any(is_at_it)
+    next.prompt_len() > BLOCK_TOKENS && !next.needs_every_row() && running.iter().any(is_at_it)
 }
 
 /// Blocks that hold `num_tokens` tokens.

@@ -3,7 +3,7 @@
 
 use std::{cell::RefCell, sync::Arc};
 
-use bitnet_core::{BlockId, TokenId};
+use bitnet_core::{BlockId, TokenId, checkpoint::Pooling, model::PooledStates};
 
 use super::{GenerationRequest, TokenConstraint, block_pool::BlockHash};
 
@@ -39,6 +39,8 @@ pub struct Sequence {
     pub cached_tokens: Option<usize>,
     /// What may come next, in step with the generated tokens; the executor's to ask and to tell.
     pub constraint: Option<RefCell<Box<dyn TokenConstraint>>>,
+    /// What the prompt's vector is made of, in step with the computed tokens; the executor's to add to.
+    pub pooled: Option<RefCell<PooledStates>>,
 }
 
 impl Sequence {
@@ -46,6 +48,7 @@ impl Sequence {
     pub fn new(id: SequenceId, request: Arc<GenerationRequest>, choice: u32) -> Self {
         let tokens = request.prompt.clone();
         let constraint = request.constraint.as_ref().map(|rule| RefCell::new(rule.start()));
+        let pooled = request.pooling.map(|pooling| RefCell::new(PooledStates::new(pooling)));
         Self {
             id,
             request,
@@ -59,6 +62,7 @@ impl Sequence {
             block_names: Vec::new(),
             cached_tokens: None,
             constraint,
+            pooled,
         }
     }
 
@@ -86,6 +90,11 @@ impl Sequence {
     /// was preempted after its first token has said them before.
     pub fn scores_prompt(&self) -> bool {
         self.request.prompt_logprobs.is_some() && self.generated().is_empty()
+    }
+
+    /// Whether each token of the prompt has to be computed for this sequence, whatever the cache holds.
+    pub fn needs_every_row(&self) -> bool {
+        self.scores_prompt() || self.request.pooling == Some(Pooling::Mean)
     }
 
     /// Whether the whole prompt is in the cache.

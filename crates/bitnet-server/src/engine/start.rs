@@ -199,6 +199,7 @@ fn warm_up(executor: &mut impl Executor) {
         priority: 0,
         client: ClientId::local(),
         constraint: None,
+        pooling: None,
         prediction: Arc::new([]),
         deadline: None,
         arrival: now,

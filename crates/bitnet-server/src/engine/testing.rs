@@ -75,6 +75,13 @@ impl FakeExecutor {
             let scored = sequence.num_computed_tokens + 1..sequence.prompt_len().min(end + 1);
             output.prompt_logprobs = scored.map(|position| score(&sequence.tokens[..=position])).collect();
         }
+        if let Some(pooled) = &sequence.pooled {
+            let mut pooled = pooled.borrow_mut();
+            for position in sequence.num_computed_tokens..end {
+                pooled.add(position, &hidden_state(&sequence.tokens[..=position]));
+            }
+            output.embedding = pooled.embedding().filter(|_| end == sequence.tokens.len());
+        }
         if end == sequence.tokens.len() && sequence.request.max_tokens > 0 {
             for at in end..=rows.len() {
                 let token = (self.choose)(sequence, &rows[..at]);
@@ -125,6 +132,11 @@ pub(crate) fn score(tokens: &[TokenId]) -> TokenLogprobs {
     TokenLogprobs { logprob: -((hash(tokens) % 1000) as f32), top: Vec::new() }
 }
 
+/// The fake hidden state of the last of `tokens` after those before it.
+pub(crate) fn hidden_state(tokens: &[TokenId]) -> [f32; 2] {
+    [(hash(tokens) % 1000) as f32, 300.0]
+}
+
 fn hash(tokens: &[TokenId]) -> u64 {
     prefix_hashes(tokens).last().unwrap_or(0)
 }
@@ -153,6 +165,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
         priority: 0,
         client: ClientId::local(),
         constraint: None,
+        pooling: None,
         prediction: Arc::new([]),
         deadline: None,
         arrival: now,

@@ -275,14 +275,15 @@ impl<E: Executor> EngineLoop<E> {
         let Progress { id, start, num_tokens, num_drafted, output } = progress;
         let Some(client) = self.clients.get_mut(&id) else { return };
         let end = match output {
-            Ok(StepOutput { prompt_logprobs, tokens }) => {
+            Ok(StepOutput { prompt_logprobs, embedding, tokens }) => {
                 let drawn: Vec<TokenId> = tokens.iter().map(|event| event.token).collect();
                 let sequence = self.scheduler.advance(id, num_tokens, &drawn);
                 client.guesses.settle(&drawn, num_drafted, price);
                 if num_drafted > 0 {
                     self.metrics.record_speculation(num_drafted, drawn.len().saturating_sub(1));
                 }
-                client.prompt_computed(start, prompt_logprobs, sequence, &self.metrics);
+                client.score_prompt(start, prompt_logprobs);
+                client.prompt_computed(embedding, sequence, &self.metrics);
                 let finish = finish_reason(sequence, tokens.last(), self.max_model_len);
                 tokens.into_iter().for_each(|token| client.events.say(SequenceEvent::Token(token)));
                 finish.map(SequenceEvent::Finished)
@@ -341,33 +342,34 @@ impl Client {
         self.place = None;
         if self.started.is_none() {
             self.started = Some(now);
-            if !sequence.scores_prompt() {
+            if !sequence.needs_every_row() {
                 metrics.record_prefix_cache(sequence.prompt_len(), sequence.cached_tokens.unwrap_or(0));
             }
             metrics.observe_queue(now.saturating_duration_since(self.request.arrival).as_secs_f64());
         }
     }
 
-    /// Collects prompt log-probabilities of a share that began at `start`, and says when the prompt is complete, once.
-    fn prompt_computed(&mut self, start: usize, scored: Vec<TokenLogprobs>, sequence: &Sequence, metrics: &Metrics) {
-        if self.prompt_done.is_some() {
-            return;
-        }
-        let wanted = self.request.prompt_logprobs.is_some();
-        if wanted {
+    /// Collects prompt log-probabilities of a share that began at `start`.
+    fn score_prompt(&mut self, start: usize, scored: Vec<TokenLogprobs>) {
+        if self.prompt_done.is_none() && self.request.prompt_logprobs.is_some() {
             // Entry i belongs to token i and comes from the row before it. A preempted prompt says its rows again.
             self.prompt_logprobs.truncate(start + 1);
             self.prompt_logprobs.resize(start + 1, None);
             self.prompt_logprobs.extend(scored.into_iter().map(Some));
         }
-        if sequence.is_prompt_computed() {
+    }
+
+    /// Says when the prompt is complete, once.
+    fn prompt_computed(&mut self, embedding: Option<Vec<f32>>, sequence: &Sequence, metrics: &Metrics) {
+        if self.prompt_done.is_none() && sequence.is_prompt_computed() {
             let now = Instant::now();
             self.prompt_done = Some(now);
             let seconds = self.started.map_or(0.0, |started| (now - started).as_secs_f64());
             metrics.observe_prefill(seconds);
+            let wanted = self.request.prompt_logprobs.is_some();
             let logprobs = wanted.then(|| std::mem::take(&mut self.prompt_logprobs));
             let cached_tokens = sequence.cached_tokens.unwrap_or(0);
-            self.events.say(SequenceEvent::PromptDone { cached_tokens, logprobs });
+            self.events.say(SequenceEvent::PromptDone { cached_tokens, logprobs, embedding });
         }
     }
 }

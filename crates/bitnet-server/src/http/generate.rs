@@ -10,7 +10,7 @@ use axum::{
 
 use super::{ApiError, HttpState, body::read_json, heartbeat, observe::RequestId, sse};
 use crate::{
-    openai::{ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ResponseRequest},
+    openai::{ChatCompletionRequest, CompletionRequest, EmbeddingList, EmbeddingRequest, ResponseRequest},
     service::{Answer, Caller, ServiceError},
 };
 
@@ -53,10 +53,15 @@ pub(super) async fn response(
     respond(service.respond(wire, caller).await?, request_id, heartbeat).await
 }
 
-pub(super) async fn embed(State(state): State<Arc<HttpState>>, request: Request) -> Result<Response, ApiError> {
+pub(super) async fn embed(
+    State(state): State<Arc<HttpState>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Json<EmbeddingList>, ApiError> {
     let service = state.service()?;
     let body = read_json(request, state.max_body_bytes).await?;
-    Err(service.embed(&EmbeddingRequest::from_json(&body, state.strict_params)?).into())
+    let wire = EmbeddingRequest::from_json(&body, state.strict_params)?;
+    Ok(Json(service.embed(wire, caller).await?))
 }
 
 /// A response that was answered before: nothing of it was kept.

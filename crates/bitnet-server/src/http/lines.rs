@@ -1,5 +1,6 @@
 //! One line of a batch: the same request and the same answer as over HTTP, without a connection.
 
+use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::ApiError;
@@ -9,6 +10,9 @@ use crate::{
     },
     service::{Answer, Caller, Service, ServiceError},
 };
+
+/// The priority of lines: after everything else that their client asks.
+const BACKGROUND: i64 = i64::MAX;
 
 /// What became of a line.
 #[derive(Debug)]
@@ -67,19 +71,27 @@ async fn answer(
             background(&mut wire.chat.params)?;
             whole(service.respond(wire, caller).await?).await
         }
-        BatchEndpoint::Embeddings => Err(service.embed(&EmbeddingRequest::from_json(body, strict)?)),
+        BatchEndpoint::Embeddings => {
+            let mut wire = EmbeddingRequest::from_json(body, strict)?;
+            wire.priority = Some(BACKGROUND);
+            told(&service.embed(wire, caller).await?)
+        }
     }
 }
 
-/// A line is answered whole, and after everything else its client asks.
+/// A line is answered whole, and in the background.
 fn background(params: &mut Params) -> Result<(), ServiceError> {
     if params.stream {
         return Err(ServiceError::invalid("stream", "'stream' must not be true in a batch."));
     }
-    params.priority = Some(i64::MAX);
+    params.priority = Some(BACKGROUND);
     Ok(())
 }
 
 async fn whole<A: Answer>(answer: A) -> Result<Box<RawValue>, ServiceError> {
-    to_raw_value(&answer.whole().await?).map_err(|error| ServiceError::Internal(error.to_string()))
+    told(&answer.whole().await?)
+}
+
+fn told(answer: &impl Serialize) -> Result<Box<RawValue>, ServiceError> {
+    to_raw_value(answer).map_err(|error| ServiceError::Internal(error.to_string()))
 }

@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 use crate::{
     openai::{
         ApplyTemplateRequest, BatchObject, BatchRequest, ChatChunk, ChatCompletion, ChatCompletionRequest, Completion,
-        CompletionRequest, Deleted, DetokenizeRequest, DetokenizeResponse, EmbeddingRequest, ErrorBody, FileObject,
-        ModelList, ModelObject, Page, ResponseEvent, ResponseObject, ResponseRequest, TemplateResponse,
+        CompletionRequest, Deleted, DetokenizeRequest, DetokenizeResponse, EmbeddingList, EmbeddingRequest, ErrorBody,
+        FileObject, ModelList, ModelObject, Page, ResponseEvent, ResponseObject, ResponseRequest, TemplateResponse,
         TokenizeRequest, TokenizeResponse,
     },
     service::{Health, ProbeReport},
@@ -290,9 +290,9 @@ const OPERATIONS: &[Operation] = &[
     get("/v1/responses/{id}/input_items", "Always 404: nothing is kept", Answer::Refusal, Access::Keyed),
     post(
         "/v1/embeddings",
-        "Refused: a chat model has no embeddings",
+        "A vector for each text, by embedding models",
         ("EmbeddingRequest", body::<EmbeddingRequest>),
-        Answer::Refusal,
+        Answer::Json(answer::<EmbeddingList>),
     ),
     get(FILES, "The caller's files", Answer::Json(answer::<Page<FileObject>>), Access::Keyed),
     post(FILES, "Stores a file", (UPLOAD, upload), Answer::Json(answer::<FileObject>)),

@@ -7,6 +7,7 @@ use serde_json::{Value, json, value::RawValue};
 
 use super::{
     fields::{BodyError, Fields},
+    objects::objects_only,
     params::{metadata, metadata_form},
 };
 
@@ -230,8 +231,11 @@ pub struct BatchError {
     pub line: Option<u64>,
 }
 
+objects_only!(InputLine);
+
 /// One line of an input file.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(remote = "Self")]
 pub struct InputLine {
     /// What tells its answer from the others.
     pub custom_id: String,

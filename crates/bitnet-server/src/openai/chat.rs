@@ -2,12 +2,13 @@
 
 use indexmap::IndexMap;
 use schemars::{JsonSchema, Schema};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::{
     FinishReason, Params, ToolCallDelta, ToolRequest, Usage,
     fields::{BodyError, Fields},
+    objects::objects_only,
 };
 
 /// A request as sent.
@@ -38,6 +39,7 @@ pub struct ChatCompletionRequest {
 
 /// One message of the conversation.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 pub struct Message {
     /// Who speaks.
     pub role: Role,
@@ -81,6 +83,7 @@ pub enum Content {
 
 /// One part of a message's content.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 pub struct ContentPart {
     /// `text`, or a kind this server does not read.
     #[serde(rename = "type")]
@@ -91,6 +94,7 @@ pub struct ContentPart {
 
 /// A call the assistant made earlier.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(remote = "Self")]
 pub struct ToolCall {
     /// Its id.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -108,12 +112,27 @@ fn function_kind() -> String {
 
 /// The function of a [`ToolCall`].
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(remote = "Self")]
 pub struct FunctionCall {
     /// Its name.
     pub name: String,
     /// Its arguments: a string of JSON, or (some clients) the object itself.
     #[serde(default)]
     pub arguments: Value,
+}
+
+objects_only!(Message, ContentPart, ToolCall, FunctionCall);
+
+impl Serialize for ToolCall {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+impl Serialize for FunctionCall {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
 }
 
 impl ChatCompletionRequest {

@@ -77,6 +77,18 @@ impl Prompt {
         self.len() == 0
     }
 
+    /// Token ids must be inside a vocabulary of `vocab_size`.
+    ///
+    /// # Errors
+    /// A sentence that names the first one that is not.
+    pub fn check_ids(&self, vocab_size: usize) -> Result<(), String> {
+        let Self::Tokens(prompts) = self else { return Ok(()) };
+        match prompts.iter().flatten().find(|id| **id as usize >= vocab_size) {
+            Some(id) => Err(format!("Token id {id} is outside the vocabulary of {vocab_size} ids.")),
+            None => Ok(()),
+        }
+    }
+
     /// The first two characters tell the form, so that a long list of ids is read once and into integers.
     pub(super) fn read(name: &str, raw: &RawValue) -> Result<Self, BodyError> {
         let mut start = raw.get().bytes().filter(|byte| !byte.is_ascii_whitespace());

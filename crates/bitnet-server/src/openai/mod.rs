@@ -11,6 +11,7 @@ mod error;
 mod fields;
 mod files;
 mod models;
+mod objects;
 mod output;
 mod params;
 mod response_events;
@@ -27,7 +28,9 @@ pub use chat::{
     Content, ContentPart, Delta, FunctionCall, Message, PromptOptions, ResponseMessage, Role, ToolCall, TopLogprob,
 };
 pub use completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt};
-pub use embeddings::EmbeddingRequest;
+pub use embeddings::{
+    EmbeddingList, EmbeddingObject, EmbeddingRequest, EmbeddingUsage, EmbeddingVector, EncodingFormat,
+};
 pub use error::{ErrorBody, ErrorObject};
 pub use fields::{BodyError, BodyErrorKind};
 pub use files::{Deleted, FileObject, FilePurpose, Page, PageQuery};

@@ -6,7 +6,10 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::fields::{BodyError, Fields};
+use super::{
+    fields::{BodyError, Fields},
+    objects::objects_only,
+};
 
 /// What the output must look like, and where the request said so.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +38,7 @@ pub enum OutputKind {
 }
 
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct ResponseFormat {
     #[serde(rename = "type")]
     #[schemars(extend("enum" = ["text", "json_object", "json_schema"]))]
@@ -43,6 +47,7 @@ struct ResponseFormat {
 }
 
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct NamedSchema {
     #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
     name: String,
@@ -55,6 +60,7 @@ struct NamedSchema {
 }
 
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct StructuredOutputs {
     json: Option<Value>,
     regex: Option<String>,
@@ -62,6 +68,8 @@ struct StructuredOutputs {
     grammar: Option<String>,
     json_object: Option<bool>,
 }
+
+objects_only!(ResponseFormat, NamedSchema, StructuredOutputs, TextFormat);
 
 impl OutputFormat {
     /// Takes the fields; at most one of them may ask for anything.
@@ -123,6 +131,7 @@ impl JsonSchema for OutputFormat {
 
 /// `text.format` of `/v1/responses`: a response format without an object around the schema.
 #[derive(Deserialize)]
+#[serde(remote = "Self")]
 struct TextFormat {
     #[serde(rename = "type")]
     kind: String,

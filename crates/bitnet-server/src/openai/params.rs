@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Content, ContentPart, OutputFormat,
     fields::{BodyError, Fields},
+    objects::objects_only,
 };
 
 /// Sampling, length and streaming parameters as sent; `None` is absent. Ranges are checked by the service.
@@ -93,6 +94,7 @@ pub enum Stop {
 }
 
 #[derive(Default, Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct StreamOptions {
     include_usage: Option<bool>,
     include_obfuscation: Option<bool>,
@@ -100,11 +102,14 @@ struct StreamOptions {
 
 /// `prediction`: a guess of the output. It never changes the tokens.
 #[derive(Deserialize)]
+#[serde(remote = "Self")]
 struct Prediction {
     #[serde(rename = "type")]
     kind: String,
     content: Content,
 }
+
+objects_only!(StreamOptions, Prediction);
 
 impl Params {
     /// Takes the shared fields.

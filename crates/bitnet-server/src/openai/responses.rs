@@ -12,6 +12,7 @@ use super::{
     ChatCompletionRequest, Content, ContentPart, FunctionCall, Message, OutputFormat, Params, PromptOptions, Role,
     ToolCall, ToolRequest,
     fields::{BodyError, Fields, read},
+    objects::objects_only,
     tools::flat_tool,
 };
 
@@ -198,6 +199,7 @@ fn set_output(params: &mut Params, text: &mut Value) -> Result<(), BodyError> {
 
 /// One item of `input`, of whatever kind.
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct Item {
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -208,6 +210,8 @@ struct Item {
     arguments: Option<String>,
     output: Option<Content>,
 }
+
+objects_only!(Item);
 
 fn messages(instructions: Option<&str>, input: &RawValue) -> Result<Vec<Message>, BodyError> {
     let mut messages = Vec::new();

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     fields::{BodyError, Fields},
+    objects::objects_only,
     output::{NAME_RULE, is_name},
 };
 
@@ -26,6 +27,7 @@ pub struct ToolRequest {
 
 /// A function that may be called.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 pub struct FunctionDefinition {
     /// Its name.
     #[schemars(regex(pattern = r"^[a-zA-Z0-9_-]{1,64}$"))]
@@ -38,6 +40,7 @@ pub struct FunctionDefinition {
 }
 
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct Tool {
     /// `function`.
     #[serde(rename = "type")]
@@ -51,18 +54,25 @@ struct Tool {
 #[serde(untagged, expecting = "none, auto, required or a function")]
 enum Choice {
     Mode(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
-    Named {
-        #[serde(rename = "type")]
-        kind: String,
-        function: Option<Named>,
-        name: Option<String>,
-    },
+    Function(FunctionChoice),
 }
 
 #[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
+struct FunctionChoice {
+    #[serde(rename = "type")]
+    kind: String,
+    function: Option<Named>,
+    name: Option<String>,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(remote = "Self")]
 struct Named {
     name: String,
 }
+
+objects_only!(FunctionDefinition, Tool, FunctionChoice, Named);
 
 /// Most tools of a request.
 const MAX_TOOLS: usize = 128;
@@ -114,17 +124,17 @@ impl ToolRequest {
             Some(_) if functions.is_empty() => Err(BodyError::invalid(CHOICE, "'tool_choice' needs 'tools'.")),
             None => Ok(request(functions, false)),
             Some(Choice::Mode(mode)) => Ok(request(functions, mode == "required")),
-            Some(
-                Choice::Named { kind, function: Some(Named { name }), .. }
-                | Choice::Named { kind, function: None, name: Some(name) },
-            ) if kind == "function" => {
+            Some(Choice::Function(
+                FunctionChoice { kind, function: Some(Named { name }), .. }
+                | FunctionChoice { kind, function: None, name: Some(name) },
+            )) if kind == "function" => {
                 functions.retain(|function| function.name == name);
                 if functions.is_empty() {
                     return Err(BodyError::invalid(CHOICE, "'tool_choice' names a function that is not in 'tools'."));
                 }
                 Ok(request(functions, true))
             }
-            Some(Choice::Named { .. }) => {
+            Some(Choice::Function(_)) => {
                 Err(BodyError::unsupported(CHOICE, "'tool_choice' supports objects of type 'function' only."))
             }
         }

@@ -186,7 +186,7 @@ impl Generation {
     fn apply(&mut self, index: usize, event: SequenceEvent) -> Result<Option<Event>, ServiceError> {
         let Some(choice) = &mut self.choices[index] else { return Ok(None) };
         let delta = match event {
-            SequenceEvent::PromptDone { cached_tokens, logprobs } => {
+            SequenceEvent::PromptDone { cached_tokens, logprobs, .. } => {
                 if index.is_multiple_of(self.choices_per_prompt) {
                     self.prompts[index / self.choices_per_prompt].cached_tokens = cached_tokens;
                 }

@@ -156,6 +156,7 @@ impl Service {
             priority: 0,
             client: ClientId::local(),
             constraint: None,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: Some(arrival + PATIENCE),
             arrival,

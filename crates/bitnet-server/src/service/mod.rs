@@ -167,6 +167,7 @@ impl Service {
         caller: Caller,
     ) -> Result<(Settings, Generation), ServiceError> {
         self.card.names.resolve(wire.model.as_deref())?;
+        self.card.generates()?;
         let request = ChatRequest::parse(wire, &self.rules)?;
         let settings = request.settings;
         let places = self.reserve(1)?;
@@ -193,13 +194,14 @@ impl Service {
     /// [`ServiceError`], before anything was generated.
     pub async fn complete(&self, wire: CompletionRequest, caller: Caller) -> Result<TextAnswer, ServiceError> {
         self.card.names.resolve(wire.model.as_deref())?;
+        self.card.generates()?;
         let TextRequest { prompt, echo, num_told, mut settings } = TextRequest::parse(wire, &self.rules)?;
         let shown_logprobs = settings.logprobs;
         // What is best is decided by log-probabilities, whether they are shown or not.
         settings.logprobs = shown_logprobs.or(num_told.map(|_| 0));
         let places = self.reserve(prompt.len())?;
         let constraint = self.constraint(settings.rule.as_ref()).await?;
-        let prompts = self.text_prompts(prompt).await?;
+        let prompts = self.text_prompts("prompt", prompt).await?;
         let prompt_logprobs = shown_logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
@@ -267,6 +269,7 @@ impl Service {
             priority: settings.priority,
             client: caller.client,
             constraint,
+            pooling: None,
             prediction: Arc::new([]),
             deadline: Some(caller.arrival + self.request_timeout),
             arrival: caller.arrival,

@@ -1,5 +1,7 @@
 //! The served model as callers see it: its names and its card.
 
+use bitnet_core::checkpoint::Pooling;
+
 use super::ServiceError;
 use crate::openai::{ModelList, ModelObject};
 
@@ -57,6 +59,8 @@ pub struct ModelCard {
     pub max_model_len: usize,
     /// Ids in the vocabulary.
     pub vocab_size: usize,
+    /// Set for an embedding model, which generates nothing.
+    pub pooling: Option<Pooling>,
     /// The kernel in use.
     pub kernel: String,
     /// Kernels of this CPU that failed their self-test and are not used.
@@ -66,6 +70,33 @@ pub struct ModelCard {
 }
 
 impl ModelCard {
+    /// That the model gives vectors, and of what.
+    ///
+    /// # Errors
+    /// [`ServiceError::Invalid`] when it generates text.
+    pub(super) fn embeds(&self) -> Result<Pooling, ServiceError> {
+        self.pooling.ok_or_else(|| {
+            let name = self.names.id();
+            let message = format!(
+                "The model '{name}' generates text and gives no embeddings: serve an embedding model for this."
+            );
+            ServiceError::invalid("model", message)
+        })
+    }
+
+    /// That the model generates text.
+    ///
+    /// # Errors
+    /// [`ServiceError::Invalid`] when it gives vectors.
+    pub(super) fn generates(&self) -> Result<(), ServiceError> {
+        if self.pooling.is_none() {
+            return Ok(());
+        }
+        let name = self.names.id();
+        let message = format!("The model '{name}' is an embedding model and generates no text: ask /v1/embeddings.");
+        Err(ServiceError::invalid("model", message))
+    }
+
     /// `/v1/models`.
     pub fn list(&self) -> ModelList {
         ModelList { object: "list", data: vec![self.object()] }

@@ -67,13 +67,16 @@ impl Service {
         Ok(())
     }
 
-    /// The prompts of a text request, after the content filter.
-    pub(super) async fn text_prompts(&self, prompt: Prompt) -> Result<Vec<TextPrompt>, ServiceError> {
-        const PARAM: &str = "prompt";
+    /// The prompts of a text request in field `param`, after the content filter.
+    pub(super) async fn text_prompts(
+        &self,
+        param: &'static str,
+        prompt: Prompt,
+    ) -> Result<Vec<TextPrompt>, ServiceError> {
         let tokenizer = Arc::clone(self.prompter.tokenizer());
         match prompt {
             Prompt::Texts(texts) => {
-                let texts = texts.into_iter().map(|text| self.screened(PARAM, text)).collect::<Result<Vec<_>, _>>()?;
+                let texts = texts.into_iter().map(|text| self.screened(param, text)).collect::<Result<Vec<_>, _>>()?;
                 let encode = move |prompter: &ChatPrompter| {
                     let encode = |text: String| {
                         let tokens = prompter.encode_text(&text, true)?;
@@ -82,7 +85,7 @@ impl Service {
                     };
                     texts.into_iter().map(encode).collect()
                 };
-                self.with_prompter(encode, PARAM).await
+                self.with_prompter(encode, param).await
             }
             Prompt::Tokens(prompts) => prompts
                 .into_iter()
@@ -91,9 +94,9 @@ impl Service {
                     let hidden_bos = tokens.first().is_some_and(|first| Some(*first) == tokenizer.bos());
                     let text = tokenizer.decode(&tokens[usize::from(hidden_bos)..], false);
                     // Token ids are taken as they are, so there is nothing to mask in them.
-                    if self.screened(PARAM, text.clone())? != text {
+                    if self.screened(param, text.clone())? != text {
                         let message = "The content filter masks parts of this prompt: send it as text.";
-                        return Err(ServiceError::invalid(PARAM, message));
+                        return Err(ServiceError::invalid(param, message));
                     }
                     Ok(TextPrompt { tokens, text, hidden_bos })
                 })

@@ -154,13 +154,7 @@ impl TextRequest {
         if wire.prompt.is_empty() {
             return Err(ServiceError::invalid("prompt", "'prompt' must not be empty."));
         }
-        if let Prompt::Tokens(prompts) = &wire.prompt {
-            let unknown = prompts.iter().flatten().find(|id| **id as usize >= rules.vocab_size);
-            if let Some(id) = unknown {
-                let message = format!("Token id {id} is outside the vocabulary of {} ids.", rules.vocab_size);
-                return Err(ServiceError::invalid("prompt", message));
-            }
-        }
+        wire.prompt.check_ids(rules.vocab_size).map_err(|message| ServiceError::invalid("prompt", message))?;
         let logprobs = wire.logprobs.map(|top| alternatives("logprobs", top)).transpose()?;
         let mut settings = Settings::parse(wire.params, logprobs, Some(COMPLETION_MAX_TOKENS), rules)?;
         let best_of = best_of(wire.best_of, &settings, rules.max_choices)?;

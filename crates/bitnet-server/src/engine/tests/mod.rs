@@ -4,9 +4,11 @@ mod handle;
 mod scheduling;
 mod simulation;
 
+use bitnet_core::model::PooledStates;
+
 use super::{
     EngineError, FinishReason, GenerationRequest, SequenceEvent, TokenEvent,
-    testing::{POISON, hashed_token, score},
+    testing::{POISON, hashed_token, hidden_state, score},
 };
 use crate::config::ClientId;
 
@@ -18,7 +20,12 @@ fn expected(request: &GenerationRequest, choice: u32, max_model_len: usize) -> V
     if request.prompt.contains(&POISON) {
         return vec![SequenceEvent::Failed(EngineError::NotFinite)];
     }
-    let mut events = vec![SequenceEvent::PromptDone { cached_tokens: 0, logprobs }];
+    let embedding = request.pooling.and_then(|pooling| {
+        let mut pooled = PooledStates::new(pooling);
+        (0..tokens.len()).for_each(|position| pooled.add(position, &hidden_state(&tokens[..=position])));
+        pooled.embedding()
+    });
+    let mut events = vec![SequenceEvent::PromptDone { cached_tokens: 0, logprobs, embedding }];
     for _ in 0..request.max_tokens {
         let token = hashed_token(&tokens, &request.sampling, choice);
         tokens.push(token);

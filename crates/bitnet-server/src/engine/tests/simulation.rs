@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bitnet_core::{BlockId, TokenId, kv_cache::KvDtype};
+use bitnet_core::{BlockId, TokenId, checkpoint::Pooling, kv_cache::KvDtype};
 
 use super::{
     super::{
@@ -38,7 +38,8 @@ fn take_cached_tokens(events: &mut [SequenceEvent], request: &GenerationRequest)
     let cached = std::mem::take(cached_tokens);
     let whole = cached.is_multiple_of(16) || (cached + 1 == request.prompt.len() && (cached + 1).is_multiple_of(16));
     assert!(cached < request.prompt.len() && whole, "whole blocks, and never the last token");
-    assert!(cached == 0 || request.prompt_logprobs.is_none(), "a prompt that is scored is computed");
+    let needs_all = request.prompt_logprobs.is_some() || request.pooling == Some(Pooling::Mean);
+    assert!(cached == 0 || !needs_all, "a prompt of which every row matters is computed");
     cached
 }
 
@@ -130,6 +131,10 @@ impl Simulation {
         request.num_choices = 1 + chance.below(3) as u32;
         request.prompt_logprobs = (chance.below(3) == 0).then_some(0);
         request.stop_tokens = stop_tokens;
+        if chance.below(8) == 0 {
+            request.pooling = Some([Pooling::Mean, Pooling::Last][chance.below(2)]);
+            (request.max_tokens, request.prompt_logprobs) = (0, None);
+        }
         request.deadline = Some(self.began + Duration::from_secs(self.round + lifetime));
         request.priority = chance.below(3) as i64;
         let (probes, predicts) = (chance.below(10) == 0, chance.below(3) == 0);

@@ -1,5 +1,6 @@
 //! The routes over a scripted engine: bytes in, bytes out, without a socket or a model.
 
+mod embeddings;
 mod files;
 mod hostile;
 mod hostile_table;
@@ -17,7 +18,7 @@ use axum::{
 };
 use bitnet_core::{
     TokenId, Tokenizer,
-    checkpoint::{GgufVocabulary, TokenizerSource},
+    checkpoint::{GgufVocabulary, Pooling, TokenizerSource},
     kv_cache::KvDtype,
     sampling::TokenLogprobs,
 };
@@ -67,6 +68,8 @@ struct Reply {
 struct Setup {
     config: ServerConfig,
     script: Vec<u32>,
+    /// Set when it is an embedding model.
+    pooling: Option<Pooling>,
 }
 
 /// The engine's model: token `i` of every output is `script[i]`, then end of turn.
@@ -89,6 +92,10 @@ impl Executor for Script {
                 return Err(EngineError::NotFinite);
             }
             let end = sequence.num_computed_tokens + share.num_tokens;
+            // The vector of a prompt is its last byte's direction.
+            let angle = (sequence.tokens[end - 1].0 as f32).sin_cos();
+            let wants_vector = sequence.request.pooling.is_some() && end == sequence.tokens.len();
+            output.embedding = wants_vector.then(|| vec![angle.0, angle.1]);
             let logprobs =
                 TokenLogprobs { logprob: -0.5, top: vec![(TokenId(65), -0.25), (TokenId(66), f32::NEG_INFINITY)] };
             let first = (sequence.num_computed_tokens + 1).min(end);
@@ -111,7 +118,7 @@ impl Setup {
     /// The model says `text`.
     fn saying(text: &str) -> Self {
         let config = ServerConfig::resolve(RawConfig { threads: Some(1), ..RawConfig::default() }).unwrap();
-        Self { config, script: text.bytes().map(u32::from).collect() }
+        Self { config, script: text.bytes().map(u32::from).collect(), pooling: None }
     }
 
     /// A server that is loading.
@@ -128,7 +135,7 @@ impl Setup {
 
     /// A server that is ready.
     fn start(self) -> Fixture {
-        let (config, script) = (self.config.clone(), self.script.clone());
+        let (config, script, pooling) = (self.config.clone(), self.script.clone(), self.pooling);
         let mut fixture = self.loading();
         let tokenizer = Arc::new(Tokenizer::from_source(&TokenizerSource::Gguf(vocabulary())).unwrap());
         let engine_config = EngineConfig {
@@ -154,6 +161,7 @@ impl Setup {
                 description: None,
                 max_model_len: CONTEXT,
                 vocab_size: VOCAB,
+                pooling,
                 kernel: "script".to_owned(),
                 failed_kernels: vec!["broken".to_owned()],
                 fingerprint: "fp_test".to_owned(),
