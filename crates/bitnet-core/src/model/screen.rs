@@ -167,6 +167,7 @@ mod tests {
             screen,
             layout,
             sparse_limits,
+            num_dropped_channels: 0,
         }
     }
 
