@@ -145,8 +145,9 @@ pub fn load_checkpoint(
     for note in &checkpoint.notes {
         tracing::warn!("{note}");
     }
+    let self_test = Instant::now();
     let tested = kernels::select_tested(settings.kernel.as_deref().unwrap_or("auto"))?;
-    let kernel = tested.kernel;
+    let (kernel, kernels_test) = (tested.kernel, self_test.elapsed());
     let packing = supported(settings.packing, kernel)?;
     let mut options = ModelOptions { packing, sparse_ffn: settings.sparse_ffn, ..ModelOptions::default() };
     if checkpoint.pooling.is_some() {
@@ -162,7 +163,9 @@ pub fn load_checkpoint(
     };
     let mut pool = WorkerPool::new(settings.threads);
     let model = Model::load_with(&checkpoint, kernel, &options, &mut pool, progress)?;
+    let self_test = Instant::now();
     model.self_test(&mut pool).map_err(|failure| KernelError::Unsound { name: kernel.name().to_owned(), failure })?;
+    tracing::debug!(kernels = ?kernels_test, model = ?self_test.elapsed(), "boot self-test passed");
     let packing = model.packing().name();
     tracing::info!(kernel = kernel.name(), packing, threads = settings.threads, "model loaded");
     Ok(LoadedModel {

@@ -144,6 +144,21 @@ impl PackedTernary {
         self.scale
     }
 
+    /// Whether row `row` has no weight but zeros.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn is_zero_row(&self, row: usize) -> bool {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let zeros = match self.layout {
+            PackedLayout::T32x2Bit => pack_2bit([1; 4]),
+            PackedLayout::T32x5Trit => pack_5trit([1; 5]),
+        };
+        let panel_bytes = self.layout.panel_bytes(self.cols);
+        let panel = &self.memory[row / ROW_TILE * panel_bytes..][..panel_bytes];
+        panel.as_chunks::<4>().0[row % ROW_TILE..].iter().step_by(ROW_TILE).all(|word| *word == [zeros; 4])
+    }
+
     /// The rows `rows`, for one worker.
     ///
     /// # Panics

@@ -1,10 +1,13 @@
 //! One property suite, run for every kernel and every instruction set of this CPU: bits against a naive reference.
 #![allow(clippy::unwrap_used)]
 
+mod broken;
 mod screen;
 mod sparse;
 
 use std::convert::Infallible;
+
+pub(crate) use broken::{Broken, IsWrong};
 
 use super::{
     math,
@@ -203,54 +206,6 @@ fn every_combination_of_five_trits_comes_back() {
     case.check("all bytes");
 }
 
-/// A kernel whose first result of every product, or of every screen, is off by a little.
-pub(crate) struct Broken {
-    pub(crate) kernel: &'static dyn TernaryKernel,
-    pub(crate) screen: bool,
-}
-
-impl TernaryKernel for Broken {
-    fn name(&self) -> &'static str {
-        "broken"
-    }
-
-    fn layouts(&self) -> &'static [PackedLayout] {
-        self.kernel.layouts()
-    }
-
-    fn isa(&self) -> Isa {
-        self.kernel.isa()
-    }
-
-    fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-        self.kernel.gemv(w, x, out);
-        if !self.screen {
-            out[0] = out[0].next_up();
-        }
-    }
-
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-        self.kernel.gemm(w, x, out);
-    }
-
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        self.kernel.screen(w, x, estimates, radii);
-        if self.screen {
-            estimates.row_mut(0)[0] += 3.0 * radii.row_mut(0)[0];
-        }
-    }
-
-    fn multiply_registers(&self, rounds: u32) -> u64 {
-        self.kernel.multiply_registers(rounds)
-    }
-}
-
 #[test]
 fn the_self_test_passes_here_and_sees_a_broken_kernel() {
     let results = self_test();
@@ -259,9 +214,9 @@ fn the_self_test_passes_here_and_sees_a_broken_kernel() {
         assert_eq!(result, Ok(()), "{name}");
     }
     for kernel in available() {
-        let failure = self_test::test(&Broken { kernel: *kernel, screen: false }).unwrap_err();
+        let failure = self_test::test(&Broken { kernel: *kernel, is_wrong: |shape| !shape.is_screen }).unwrap_err();
         assert_eq!((failure.operation.as_str(), failure.num_tokens), ("2bit product", 1));
-        let failure = self_test::test(&Broken { kernel: *kernel, screen: true }).unwrap_err();
+        let failure = self_test::test(&Broken { kernel: *kernel, is_wrong: |shape| shape.is_screen }).unwrap_err();
         assert_eq!(failure.operation, "screen");
     }
 }

@@ -34,7 +34,7 @@ pub enum TracePoint {
     AttnOutput,
     /// Norm before the feed-forward block.
     FfnNorm,
-    /// Gate projection.
+    /// Gate projection. Here and up to the norm: of the channels that are not dead, in the order they lie in.
     Gate,
     /// Up projection.
     Up,
@@ -73,7 +73,7 @@ impl Model {
             "another batch's sizes"
         );
         let eps = self.config.rms_norm_eps;
-        let norm = |weight| RmsNorm { weight, eps };
+        let norm = |weight| RmsNorm::new(weight, eps);
         let (hidden_size, intermediate_size) = (self.config.hidden_size, self.config.intermediate_size);
         let phases = &mut Phases { pool: &mut workspace.pool, kernel: self.kernel, num_rows };
         let StepBuffers {
@@ -119,13 +119,16 @@ impl Model {
 
             // x += down(sub_norm(activation(gate(n)) * up(n))), n = norm(x)
             normalize(phases, norm(&layer.ffn_norm), x, normed, quantized);
+            let channels_kept = layer.gate.rows();
+            let (gate, up) = (&mut gate[..num_rows * channels_kept], &mut up[..num_rows * channels_kept]);
+            let sub_norm = layer.ffn_sub_norm.as_deref().map(|w| RmsNorm { count: intermediate_size, ..norm(w) });
             let n = quantized.view(num_rows, hidden_size);
             sparse::gate_and_up(phases, n, layer, self.sparse_limits, (&mut *gate, &mut *up), channels);
             trace(TracePoint::FfnNorm, index, normed);
             trace(TracePoint::Gate, index, gate);
             trace(TracePoint::Up, index, up);
-            activate(phases, self.config.activation, layer.ffn_sub_norm.as_deref().map(norm), gate, up, quantized);
-            let n = quantized.view(num_rows, intermediate_size);
+            activate(phases, self.config.activation, sub_norm, gate, up, quantized);
+            let n = quantized.view(num_rows, channels_kept);
             sparse::down_and_add(phases, n, layer, self.sparse_limits, (&mut *projected, &mut *x), channels);
             if layer.ffn_sub_norm.is_some() {
                 trace(TracePoint::FfnSubNorm, index, gate);

@@ -15,6 +15,9 @@ use crate::{
 
 /// Rows of the head a worker takes at a time: a cache line of logits.
 const VOCAB_TILE: usize = 16;
+/// Rows of the head, and tokens, whose products are summed side by side: what one sum loads, the others use.
+pub(super) const ROWS: usize = 4;
+const TOKENS: usize = 4;
 
 impl Model {
     /// Logits `[rows.len(), vocab_size]` of rows `rows` among those that asked for them in the last `forward`, in batch
@@ -29,12 +32,12 @@ impl Model {
         let hidden = &workspace.buffers.normed[rows.start * head.cols..rows.end * head.cols];
         let logits = &mut workspace.buffers.logits[..rows.len() * head.rows];
         let columns = SharedColumns::new(&mut *logits, head.rows, VOCAB_TILE);
-        let decoded = SharedRows::new(&mut workspace.buffers.head_row, head.cols);
+        let decoded = SharedRows::new(&mut workspace.buffers.head_rows, ROWS * head.cols);
         workspace.pool.run(&|worker| {
             let share = worker.share(head.rows, VOCAB_TILE);
             let out = columns.claim(share.clone());
             let decoded = decoded.claim(worker.index()..worker.index() + 1);
-            isa.run(Score { head, rows: share, hidden, decoded, out });
+            isa.run(Score { isa, head, rows: share, hidden, decoded, out });
         });
         logits
     }
@@ -114,11 +117,12 @@ impl FloatOp for FinalNorm<'_> {
 
 /// `out[i][row] = head[row] . hidden[i]` for a worker's rows of the head.
 struct Score<'a> {
+    isa: Isa,
     head: &'a DenseMatrix,
     rows: Range<usize>,
     /// `[num_logit_rows, cols]`
     hidden: &'a [f32],
-    /// `[cols]`
+    /// `[ROWS, cols]`
     decoded: &'a mut [f32],
     out: ColumnsMut<'a>,
 }
@@ -130,7 +134,7 @@ impl FloatOp for Score<'_> {
     fn call(self) {
         match self.head.encoding {
             DenseEncoding::F32 => self.score(f32_from_le_bytes),
-            DenseEncoding::F16 => self.score(f16_from_le_bytes),
+            DenseEncoding::F16 => self.score_f16(),
             DenseEncoding::Bf16 => self.score(bf16_from_le_bytes),
             DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => self.score_decoded(),
         }
@@ -138,92 +142,120 @@ impl FloatOp for Score<'_> {
 }
 
 impl Score<'_> {
-    /// Rows of plain floats: for one token four at a time, widened in registers; for several tokens each is decoded once.
+    /// Rows of plain floats, widened in registers.
     #[inline(always)]
     fn score<const BYTES: usize>(mut self, widen: impl Fn([u8; BYTES]) -> f32 + Copy) {
         let cols = self.head.cols;
         let data = &self.head.data.bytes().as_chunks::<BYTES>().0[self.rows.start * cols..self.rows.end * cols];
-        if self.hidden.len() == cols {
-            dot_all(data, self.hidden, widen, self.out.row_mut(0));
-            return;
+        for (rows, first) in data.chunks(ROWS * cols).zip((0..).step_by(ROWS)) {
+            dot_rows(rows, self.hidden, cols, widen, (first, &mut self.out));
         }
-        for (i, row) in data.chunks_exact(cols).enumerate() {
-            for (out, bytes) in self.decoded.iter_mut().zip(row) {
-                *out = widen(*bytes);
+    }
+
+    /// Rows of halves, widened by the instruction for it, which takes memory to memory.
+    #[inline(always)]
+    fn score_f16(mut self) {
+        let cols = self.head.cols;
+        let data = &self.head.data.bytes().as_chunks().0[self.rows.start * cols..self.rows.end * cols];
+        for (rows, first) in data.chunks(ROWS * cols).zip((0..).step_by(ROWS)) {
+            let decoded = &mut self.decoded[..rows.len()];
+            let whole_runs = if cfg!(target_endian = "little") { rows.len() / LANES * LANES } else { 0 };
+            self.isa.widen_f16(&rows[..whole_runs], decoded, LANES);
+            for (out, half) in decoded.iter_mut().zip(rows).skip(whole_runs) {
+                *out = f16_from_le_bytes(*half);
             }
-            self.score_decoded_row(i);
+            dot_rows(decoded, self.hidden, cols, unchanged, (first, &mut self.out));
         }
     }
 
     #[inline(always)]
     fn score_decoded(mut self) {
-        for (i, row) in self.rows.clone().enumerate() {
-            self.head.decode_row(row, self.decoded);
-            self.score_decoded_row(i);
-        }
-    }
-
-    /// Column `i` of the window: the row in `decoded` with every token.
-    #[inline(always)]
-    fn score_decoded_row(&mut self, i: usize) {
-        let mut logits = [0.0; Workspace::MAX_LOGIT_ROWS];
-        let logits = &mut logits[..self.out.num_rows()];
-        dot_all(self.hidden, self.decoded, unchanged, logits);
-        for (token, logit) in logits.iter().enumerate() {
-            self.out.row_mut(token)[i] = *logit;
+        let cols = self.head.cols;
+        for (column, row) in self.rows.clone().enumerate() {
+            let decoded = &mut self.decoded[..cols];
+            self.head.decode_row(row, decoded);
+            dot_rows(decoded, self.hidden, cols, unchanged, (column, &mut self.out));
         }
     }
 }
 
-/// `out[i] = rows[i] . x`, four rows side by side. `rows: [out.len(), x.len()]`
+/// `out[token][column + r] = rows[r] . hidden[token]` of at most [`ROWS`] rows. `rows: [_, cols]`, `hidden: [num_tokens, cols]`
 #[inline(always)]
-fn dot_all<W: Copy>(rows: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy, out: &mut [f32]) {
-    let (out_tiles, out_rest) = out.as_chunks_mut::<4>();
-    let (tiles, rest) = rows.split_at(out_tiles.len() * 4 * x.len());
-    for (out, tile) in out_tiles.iter_mut().zip(tiles.chunks_exact(4 * x.len())) {
-        *out = dot_four(tile, x, widen);
+fn dot_rows<W: Copy>(
+    rows: &[W],
+    hidden: &[f32],
+    cols: usize,
+    widen: impl Fn(W) -> f32 + Copy,
+    (column, out): (usize, &mut ColumnsMut<'_>),
+) {
+    if rows.len() == ROWS * cols {
+        dot_tokens::<_, ROWS>(rows, hidden, cols, widen, (column, out));
+        return;
     }
-    for (out, row) in out_rest.iter_mut().zip(rest.chunks_exact(x.len())) {
-        *out = dot_one(row, x, widen);
+    for (row, column) in rows.chunks_exact(cols).zip(column..) {
+        dot_tokens::<_, 1>(row, hidden, cols, widen, (column, out));
+    }
+}
+
+/// [`dot_rows`] of `R` rows.
+#[inline(always)]
+fn dot_tokens<W: Copy, const R: usize>(
+    rows: &[W],
+    hidden: &[f32],
+    cols: usize,
+    widen: impl Fn(W) -> f32 + Copy,
+    (column, out): (usize, &mut ColumnsMut<'_>),
+) {
+    for (tokens, first) in hidden.chunks(TOKENS * cols).zip((0..).step_by(TOKENS)) {
+        let mut tile = [[0.0; R]; TOKENS];
+        match tokens.len() / cols {
+            1 => dot_tile::<_, R, 1>(rows, tokens, cols, widen, &mut tile),
+            2 => dot_tile::<_, R, 2>(rows, tokens, cols, widen, &mut tile),
+            3 => dot_tile::<_, R, 3>(rows, tokens, cols, widen, &mut tile),
+            _ => dot_tile::<_, R, TOKENS>(rows, tokens, cols, widen, &mut tile),
+        }
+        for (token, dots) in (first..out.num_rows()).zip(tile) {
+            out.row_mut(token)[column..column + R].copy_from_slice(&dots);
+        }
+    }
+}
+
+/// `out[t][r] = rows[r] . tokens[t]`, each in 16 lanes of fused multiply-adds and the tree.
+#[inline(always)]
+fn dot_tile<W: Copy, const R: usize, const T: usize>(
+    rows: &[W],
+    tokens: &[f32],
+    cols: usize,
+    widen: impl Fn(W) -> f32 + Copy,
+    out: &mut [[f32; R]],
+) {
+    let rows: [_; R] = std::array::from_fn(|r| rows[r * cols..][..cols].as_chunks::<LANES>());
+    let tokens: [_; T] = std::array::from_fn(|t| tokens[t * cols..][..cols].as_chunks::<LANES>());
+    let mut sums = [[[0.0; LANES]; R]; T];
+    for step in 0..cols / LANES {
+        for r in 0..R {
+            let mut weights = [0.0; LANES];
+            for (weight, stored) in weights.iter_mut().zip(&rows[r].0[step]) {
+                *weight = widen(*stored);
+            }
+            for t in 0..T {
+                sums[t][r] = multiply_add(sums[t][r], &weights, &tokens[t].0[step], unchanged);
+            }
+        }
+    }
+    for t in 0..T {
+        for r in 0..R {
+            out[t][r] = math::lane_tree(&multiply_add_tail(sums[t][r], rows[r].1, tokens[t].1, widen));
+        }
     }
 }
 
 /// `row . x` in 16 lanes of fused multiply-adds and the tree.
 #[inline(always)]
 fn dot_one<W: Copy>(row: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy) -> f32 {
-    let (row, row_tail) = row.as_chunks::<LANES>();
-    let (x, x_tail) = x.as_chunks::<LANES>();
-    let mut sums = [0.0; LANES];
-    for (row, x) in row.iter().zip(x) {
-        sums = multiply_add(sums, row, x, widen);
-    }
-    math::lane_tree(&multiply_add_tail(sums, row_tail, x_tail, widen))
-}
-
-/// [`dot_one`] of four rows: the same sums, four chains of additions at once.
-#[inline(always)]
-fn dot_four<W: Copy>(rows: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy) -> [f32; 4] {
-    let (a, rest) = rows.split_at(x.len());
-    let (b, rest) = rest.split_at(x.len());
-    let (c, d) = rest.split_at(x.len());
-    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] =
-        [a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>(), d.as_chunks::<LANES>()];
-    let (x, x_tail) = x.as_chunks::<LANES>();
-    let mut sums = [[0.0; LANES]; 4];
-    for ((((x, a), b), c), d) in x.iter().zip(a).zip(b).zip(c).zip(d) {
-        sums = [
-            multiply_add(sums[0], a, x, widen),
-            multiply_add(sums[1], b, x, widen),
-            multiply_add(sums[2], c, x, widen),
-            multiply_add(sums[3], d, x, widen),
-        ];
-    }
-    [
-        math::lane_tree(&multiply_add_tail(sums[0], a_tail, x_tail, widen)),
-        math::lane_tree(&multiply_add_tail(sums[1], b_tail, x_tail, widen)),
-        math::lane_tree(&multiply_add_tail(sums[2], c_tail, x_tail, widen)),
-        math::lane_tree(&multiply_add_tail(sums[3], d_tail, x_tail, widen)),
-    ]
+    let mut out = [[0.0]];
+    dot_tile::<_, 1, 1>(row, x, x.len(), widen, &mut out);
+    out[0][0]
 }
 
 /// `sums + weights * x`, fused, lane by lane.
@@ -285,11 +317,15 @@ mod tests {
         for len in [1, 15, 16, 48, 70] {
             let values =
                 |seed: usize, len: usize| (0..len).map(move |i| ((i * 37 + seed * 11) % 19) as f32 / 7.0 - 1.3);
-            let (rows, x): (Vec<_>, Vec<_>) = (values(3, 7 * len).collect(), values(9, len).collect());
-            let mut out = [0.0; 7];
-            dot_all(&rows, &x, unchanged, &mut out);
-            for (row, out) in rows.chunks_exact(len).zip(out) {
-                assert_eq!(out.to_bits(), math::dot_16(row, &x).to_bits());
+            let (rows, hidden): (Vec<_>, Vec<_>) = (values(3, 7 * len).collect(), values(9, 6 * len).collect());
+            let mut out = [0.0; 6 * 7];
+            for (tile, first) in rows.chunks(ROWS * len).zip([0, ROWS]) {
+                dot_rows(tile, &hidden, len, unchanged, (first, &mut ColumnsMut::new(&mut out, 7)));
+            }
+            for (x, out) in hidden.chunks_exact(len).zip(out.chunks_exact(7)) {
+                for (row, out) in rows.chunks_exact(len).zip(out) {
+                    assert_eq!(out.to_bits(), math::dot_16(row, x).to_bits());
+                }
             }
         }
     }

@@ -7,6 +7,7 @@
 mod attention;
 mod batch;
 mod bit_linear;
+mod channels;
 mod feed_forward;
 mod forward;
 mod lm_head;

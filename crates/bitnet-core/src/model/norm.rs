@@ -11,10 +11,17 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct RmsNorm<'a> {
     pub(super) weight: &'a [f32],
+    /// Values the mean is over: those of the row, and the zeros that are not kept.
+    pub(super) count: usize,
     pub(super) eps: f32,
 }
 
-impl RmsNorm<'_> {
+impl<'a> RmsNorm<'a> {
+    /// Over rows as wide as `weight`.
+    pub(super) fn new(weight: &'a [f32], eps: f32) -> Self {
+        Self { weight, count: weight.len(), eps }
+    }
+
     /// `out = x / sqrt(mean(x^2) + eps) * weight`
     #[inline(always)]
     pub(super) fn apply(&self, x: &[f32], out: &mut [f32]) {
@@ -35,7 +42,7 @@ impl RmsNorm<'_> {
 
     #[inline(always)]
     fn inverse_rms(&self, x: &[f32]) -> f32 {
-        1.0 / (math::sum_squares_16(x) / x.len() as f32 + self.eps).sqrt()
+        1.0 / (math::sum_squares_16(x) / self.count as f32 + self.eps).sqrt()
     }
 }
 
@@ -118,7 +125,7 @@ mod tests {
 
     #[test]
     fn divides_by_the_root_mean_square_and_multiplies_by_the_weight() {
-        let norm = RmsNorm { weight: &[1.0, 2.0, -1.0, 0.5], eps: 0.0 };
+        let norm = RmsNorm::new(&[1.0, 2.0, -1.0, 0.5], 0.0);
         let mut out = [0.0; 4];
         norm.apply(&[3.0, -3.0, 3.0, -3.0], &mut out);
         assert_eq!(out, [1.0, -2.0, -1.0, -0.5]);
@@ -130,7 +137,7 @@ mod tests {
     #[test]
     fn epsilon_keeps_a_zero_row_at_zero() {
         let mut x = [0.0; 20];
-        RmsNorm { weight: &[1.0; 20], eps: 1e-5 }.apply_in_place(&mut x);
+        RmsNorm::new(&[1.0; 20], 1e-5).apply_in_place(&mut x);
         assert_eq!(x, [0.0; 20]);
     }
 }

@@ -71,7 +71,7 @@ impl Model {
         let (head, isa) = (self.head(), self.kernel.isa());
         let hidden = &workspace.buffers.normed[row * head.cols..][..head.cols];
         let scores = &mut workspace.buffers.scores[..ids.len()];
-        let decoded = &mut workspace.buffers.head_row;
+        let decoded = &mut workspace.buffers.head_rows;
         if ids.len() < MIN_TOKENS_TO_SPLIT {
             isa.run(ScoreTokens { head, ids, hidden, decoded: &mut decoded[..head.cols], out: scores });
             return scores;
@@ -167,6 +167,7 @@ mod tests {
             screen,
             layout,
             sparse_limits,
+            num_dropped_channels: 0,
         }
     }
 

@@ -105,9 +105,13 @@ impl SparseLayer {
 /// `sqrt(width) * weight`, and no sum of a row exceeds `width` of these. Inputs that are not finite make every channel NaN,
 /// `gate` included, and NaN counts as active.
 fn is_tame(norm: &[f32], scale: f32) -> bool {
+    is_bounded(norm, scale, 1e30)
+}
+
+/// Whether no output of a linear layer behind `norm` exceeds `bound`, for inputs that are finite.
+pub(super) fn is_bounded(norm: &[f32], scale: f32, bound: f32) -> bool {
     let width = norm.len() as f32;
-    let bound = |weight: &f32| (weight.abs().max(1.0) * width.sqrt() * width * scale.abs()) < 1e30;
-    norm.iter().all(bound)
+    norm.iter().all(|weight| (weight.abs().max(1.0) * width.sqrt() * width * scale.abs()) < bound)
 }
 
 /// `gate(x)` and `up(x)`, of `up` only the channels whose gate is not zero where that is faster: the others are 0.

@@ -11,6 +11,7 @@ use crate::{
 };
 
 use super::{
+    channels,
     rope::Rope,
     screen,
     sparse::{self, SparseFfn, SparseLayer, SparseLimits},
@@ -30,6 +31,7 @@ pub struct Model {
     pub(super) screen: Option<ScreenMatrix>,
     pub(super) layout: PackedLayout,
     pub(super) sparse_limits: SparseLimits,
+    pub(super) num_dropped_channels: usize,
 }
 
 /// How a [`Model`] is laid out in memory. Nothing in here changes a bit of what it computes.
@@ -49,7 +51,7 @@ impl Default for ModelOptions {
     }
 }
 
-/// The weights of one layer; shapes as in [`LayerTensors`].
+/// The weights of one layer; shapes as in [`LayerTensors`], without the channels that [`channels::kept`] leaves out.
 pub(super) struct Layer {
     pub(super) attn_norm: Vec<f32>,
     pub(super) q: PackedTernary,
@@ -126,15 +128,21 @@ impl Model {
         let layout = options.packing.unwrap_or_else(|| kernels::autotune(kernel, pool, (total / 4) as usize));
         assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
         let config = (options.sparse_ffn != SparseFfn::Off).then_some(&checkpoint.config);
-        let mut repacker = Repacker { layout, sparse: config, pool: &mut *pool, progress, done: 0, total };
+        let mut repacker =
+            Repacker { layout, sparse: config, pool: &mut *pool, progress, done: 0, total, num_dropped: 0 };
         progress(0, total);
         let layers = weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        let num_dropped_channels = repacker.num_dropped;
+        if num_dropped_channels > 0 {
+            tracing::info!(num_dropped_channels, "dropped dead channels of the feed-forward blocks");
+        }
         let sparse_limits = sparse::measure(options.sparse_ffn, &layers, kernel, pool);
         let head = weights.lm_head.as_ref().unwrap_or(&weights.token_embedding);
         Ok(Self {
             kernel,
             layout,
             sparse_limits,
+            num_dropped_channels,
             rope: Rope::new(&checkpoint.config),
             embedding: weights.token_embedding.clone(),
             layers,
@@ -163,6 +171,11 @@ impl Model {
     /// Whether a single row's feed-forward block may skip channels in some layer.
     pub fn has_sparse_ffn(&self) -> bool {
         self.layers.iter().any(|layer| layer.sparse.is_some())
+    }
+
+    /// Channels of all feed-forward blocks that are zero for every token and were not kept.
+    pub fn num_dropped_channels(&self) -> usize {
+        self.num_dropped_channels
     }
 
     /// What one step reads of the weights, whatever its batch, and multiplies for each token.
@@ -228,11 +241,21 @@ struct Repacker<'a> {
     progress: &'a (dyn Fn(u64, u64) + Sync),
     done: u64,
     total: u64,
+    /// Dead channels of all layers that were dropped.
+    num_dropped: usize,
+}
+
+struct FeedForward {
+    gate: PackedTernary,
+    up: PackedTernary,
+    sub_norm: Option<Vec<f32>>,
+    down: PackedTernary,
 }
 
 impl Repacker<'_> {
     fn layer(&mut self, layer: &LayerTensors) -> Result<Layer, LoadError> {
         let sparse = self.sparse.map(|config| SparseLayer::pack(config, layer, self.pool)).transpose()?;
+        let FeedForward { gate, up, sub_norm, down } = self.feed_forward(layer)?;
         Ok(Layer {
             sparse: sparse.flatten(),
             attn_norm: layer.attn_norm.clone(),
@@ -242,11 +265,50 @@ impl Repacker<'_> {
             attn_sub_norm: layer.attn_sub_norm.clone(),
             o: self.tensor(&layer.o)?,
             ffn_norm: layer.ffn_norm.clone(),
-            gate: self.tensor(&layer.gate)?,
-            up: self.tensor(&layer.up)?,
-            ffn_sub_norm: layer.ffn_sub_norm.clone(),
-            down: self.tensor(&layer.down)?,
+            gate,
+            up,
+            ffn_sub_norm: sub_norm,
+            down,
         })
+    }
+
+    /// The feed-forward block without its dead channels, unless they are skipped one by one.
+    fn feed_forward(&mut self, layer: &LayerTensors) -> Result<FeedForward, LoadError> {
+        let (mut gate, mut up) = (self.tensor(&layer.gate)?, self.tensor(&layer.up)?);
+        let mut down = self.tensor(&layer.down)?;
+        let mut sub_norm = layer.ffn_sub_norm.clone();
+        let kept = if self.sparse.is_none() { channels::kept(layer, &gate, &up) } else { None };
+        if let Some(kept) = kept {
+            self.num_dropped += layer.gate.rows - kept.len();
+            gate = self.some_rows(&layer.gate, &kept)?;
+            up = self.some_rows(&layer.up, &kept)?;
+            down = self.some_columns(&layer.down, &kept)?;
+            sub_norm = sub_norm.map(|norm| kept.iter().map(|&channel| norm[channel]).collect());
+        }
+        Ok(FeedForward { gate, up, sub_norm, down })
+    }
+
+    fn some_rows(&mut self, tensor: &TernaryTensor, rows: &[usize]) -> Result<PackedTernary, LoadError> {
+        let reader = tensor.reader()?;
+        let decode_row = |row: usize, codes: &mut [i8]| reader.decode_row(rows[row], codes);
+        let shape = (rows.len(), tensor.cols);
+        let packed = PackedTernary::pack(shape.0, shape.1, reader.scale(), self.layout, self.pool, &decode_row)?;
+        tensor.release();
+        Ok(packed)
+    }
+
+    fn some_columns(&mut self, tensor: &TernaryTensor, columns: &[usize]) -> Result<PackedTernary, LoadError> {
+        let reader = tensor.reader()?;
+        let decode_row = |row: usize, codes: &mut [i8]| {
+            let mut all = vec![0; tensor.cols];
+            reader.decode_row(row, &mut all)?;
+            codes.iter_mut().zip(columns).for_each(|(code, &column)| *code = all[column]);
+            Ok(())
+        };
+        let shape = (tensor.rows, columns.len());
+        let packed = PackedTernary::pack(shape.0, shape.1, reader.scale(), self.layout, self.pool, &decode_row)?;
+        tensor.release();
+        Ok(packed)
     }
 
     fn tensor(&mut self, tensor: &TernaryTensor) -> Result<PackedTernary, LoadError> {

@@ -1,6 +1,6 @@
 //! Scratch memory of the forward pass, allocated once.
 
-use super::{Model, attention, sparse::SparseScratch};
+use super::{Model, attention, lm_head, sparse::SparseScratch};
 use crate::{
     checkpoint::ModelConfig, kernels::screen::ScreenInputs, quant::activation::ActivationBuffer, threads::WorkerPool,
 };
@@ -49,8 +49,8 @@ pub(super) struct Buffers {
     pub(super) attention: Vec<f32>,
     /// `[attention::partials_len]`
     pub(super) partials: Vec<f32>,
-    /// One decoded row of the head a thread, `[num_threads, hidden_size]`.
-    pub(super) head_row: Vec<f32>,
+    /// A few decoded rows of the head a thread, `[num_threads, lm_head::ROWS, hidden_size]`.
+    pub(super) head_rows: Vec<f32>,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
     pub(super) logits: Vec<f32>,
     /// For the head's screen, if the model has one: hidden states, and the estimates and radii,
@@ -161,7 +161,7 @@ impl Buffers {
             sparse: SparseScratch::new(limits.sparse_channels),
             attention: vec![0.0; num_threads * attention::scratch_len(config)],
             partials: vec![0.0; attention::partials_len(config, limits.max_context, num_threads)],
-            head_row: vec![0.0; num_threads * hidden_size],
+            head_rows: vec![0.0; num_threads * lm_head::ROWS * hidden_size],
             logits: vec![0.0; Workspace::MAX_LOGIT_ROWS * vocab_size],
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
             estimates: vec![0.0; max_screened_rows * vocab_size],
@@ -195,7 +195,7 @@ impl Buffers {
     fn bytes(&self) -> usize {
         let row_buffers = [&self.x, &self.normed, &self.angles, &self.q, &self.k, &self.v, &self.attended];
         let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention, &self.partials];
-        let head_buffers = [&self.head_row, &self.logits, &self.estimates, &self.radii, &self.scores];
+        let head_buffers = [&self.head_rows, &self.logits, &self.estimates, &self.radii, &self.scores];
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
         floats.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
             + self.quantized.bytes()

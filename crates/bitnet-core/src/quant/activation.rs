@@ -38,6 +38,12 @@ impl<'a> QuantizedActivations<'a> {
         &self.codes[token * self.stride..][..self.cols.next_multiple_of(COLUMN_PADDING)]
     }
 
+    /// Row `token` alone.
+    pub fn token(&self, token: usize) -> Self {
+        let (codes, token) = (&self.codes[token * self.stride..][..self.stride], token..token + 1);
+        Self { codes, scales: &self.scales[token.clone()], sums: &self.sums[token], ..*self }
+    }
+
     /// `s` of each token; NaN when the row was not finite, so that every output of the row is NaN.
     pub fn scales(&self) -> &'a [f32] {
         self.scales

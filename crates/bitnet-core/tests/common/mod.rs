@@ -6,7 +6,7 @@ use bitnet_core::{
     Batch, BlockId, Checkpoint, LoadOptions, Model, TokenId, checkpoint,
     kernels::{self, TernaryKernel, packing::PackedLayout},
     kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
-    model::{BatchSequence, LogitRows, ModelOptions, Workspace},
+    model::{BatchSequence, LogitRows, ModelOptions, SparseFfn, Workspace},
     threads::WorkerPool,
 };
 
@@ -48,9 +48,18 @@ pub(crate) struct Share<'a> {
 
 impl Engine {
     pub(crate) fn new(checkpoint: &Checkpoint, dtype: KvDtype, setup: Setup) -> Self {
+        Self::with_sparse_ffn(checkpoint, dtype, setup, SparseFfn::Off)
+    }
+
+    pub(crate) fn with_sparse_ffn(
+        checkpoint: &Checkpoint,
+        dtype: KvDtype,
+        setup: Setup,
+        sparse_ffn: SparseFfn,
+    ) -> Self {
         let mut pool = WorkerPool::new(setup.num_threads);
         let packing = setup.packing.or(Some(setup.kernel.layout()));
-        let options = ModelOptions { packing, ..ModelOptions::default() };
+        let options = ModelOptions { packing, sparse_ffn, ..ModelOptions::default() };
         let model =
             Model::load_with(checkpoint, setup.kernel, &options, &mut pool, &|_, _| {}).expect("a good checkpoint");
         let num_blocks = setup.num_sequences * MAX_CONTEXT / BLOCK_TOKENS;
