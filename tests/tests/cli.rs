@@ -98,6 +98,47 @@ fn run_generates_the_same_text_for_the_same_seed() {
     assert_eq!(chat.status.code(), Some(0), "{}", String::from_utf8_lossy(&chat.stderr));
 }
 
+#[test]
+fn bench_prints_one_object_of_the_contract() {
+    let cases = "prefill:20,decode:2,decode:1@64";
+    let output = bitnet(&["bench", "-m", &golden::arg("p1_packed"), "--threads", "2", "--json", "--only", cases]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    // The whole of stdout is the object.
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(keys(&report), ["machine", "model", "results"]);
+    let machine = ["threads", "kernel", "packing", "read_bytes_per_s", "int8_macs_per_s"];
+    assert_eq!(keys(&report["machine"]), machine);
+    assert_eq!(report["machine"]["threads"], 2);
+    assert_eq!(keys(&report["model"]), ["name", "file_bytes", "resident_bytes", "load_seconds"]);
+    let results = report["results"].as_array().expect("a list of results");
+    let told = |row: &Value| ["phase", "tokens", "batch", "context"].map(|key| row[key].clone());
+    let expected = [
+        [json!("prefill"), json!(20), json!(1), json!(0)],
+        [json!("decode"), json!(16), json!(2), json!(0)],
+        [json!("decode"), json!(16), json!(1), json!(64)],
+    ];
+    assert_eq!(results.iter().map(told).collect::<Vec<_>>(), expected);
+    let measured = ["tokens_per_s", "bytes_per_token", "macs_per_token", "share_of_limit"];
+    for row in results {
+        assert_eq!(keys(row), [&["phase", "tokens", "batch", "context"][..], &measured].concat());
+        assert!(measured.iter().all(|&key| row[key].as_f64().is_some_and(|value| value > 0.0)), "{row}");
+    }
+}
+
+#[test]
+fn bench_refuses_what_it_cannot_measure() {
+    let model = golden::arg("p1_packed");
+    for case in ["decode", "prefill:0", "prefill:1@2", "decode:1,", "encode:1"] {
+        assert_one_line(&bitnet(&["bench", "-m", &model, "--only", case]), 64, "--only");
+    }
+    assert_one_line(&bitnet(&["bench"]), 64, "--model");
+    assert_one_line(&bitnet(&["bench", "--synthetic", "9t"]), 64, "9t");
+}
+
+fn keys(object: &Value) -> Vec<&str> {
+    object.as_object().expect("an object").keys().map(String::as_str).collect()
+}
+
 #[tokio::test]
 async fn the_first_run_needs_no_model_and_its_curl_line_works() {
     let server = Server::start(&[]);

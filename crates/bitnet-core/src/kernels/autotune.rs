@@ -3,8 +3,8 @@
 //!
 //! The rule: the time of one token decides. That is what someone alone waits for, memory bounds it, and a tie goes to the
 //! kernel's first layout. In batches the multiplications bound it, and decoding 1.6 bits takes some of them away: on a Zen 5
-//! core the 2-bit product of 8 rows is a quarter faster, of 16 rows a fifteenth. A server that is always busy can be told
-//! `--packing 2bit`, at the price of a quarter more memory for the body.
+//! core the 2-bit product of 8 to 16 rows is a tenth faster. A server that is always busy can be told `--packing 2bit`, at
+//! the price of a quarter more memory for the body.
 
 use super::{
     TernaryKernel,

@@ -12,7 +12,7 @@ use std::arch::x86_64::{
 
 use super::{
     PanelSums,
-    avx512_vnni::{BLOCK, add_sets, load_tile, multiply_step, multiply_unpacked, store_bytes},
+    avx512_vnni::{BLOCK, add_sets, load, load_tile, multiply_step, multiply_unpacked, store_bytes},
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -21,8 +21,8 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// From this many tokens on, unpacking a slice costs less than what it takes away from the multiplications beside it.
-const UNPACK_FROM: usize = 8;
+/// From here on three blocks share the work of unpacking a slice, which two better do beside their multiplications.
+const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// The digit of each plane by the number it is in: the first three planes are in a number below 27, the last two in one
 /// below 9, whose tables are repeated for each 16 bytes of a vector.
@@ -37,8 +37,9 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6 7], panel_gemm::<N>(panel, block, sums));
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| match sums.len() {
+            1..=3 => by_tokens!(sums.len(), [1 2 3], panel_gemm::<N>(panel, block, sums)),
+            _ => by_tokens!(sums.len(), [4 5 6 7 8 9 10 11 12], panel_gemm_ahead::<N>(panel, block, sums)),
         });
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
@@ -85,8 +86,42 @@ const fn num_sets(n: usize) -> usize {
     }
 }
 
+/// The same product with a tile unpacked while the one before is multiplied: with this many sums, multiplications that wait
+/// for their codes fill the queues of the processor, and those it could do meanwhile find no place.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn panel_gemm_ahead<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+    let num_tiles = num_tiles(panel, block, 5, N);
+    let decoder = Decoder::new();
+    let mut sums = [[_mm512_setzero_si512(); 2]; N];
+    let mut codes = UnpackedTile([[0; TILE_BYTES]; 5]);
+    // By a call that is not inlined, so that the codes stay in memory: registers are for the sums.
+    unpack(&panel[..TILE_BYTES], codes.0.as_flattened_mut());
+    for tile in 0..num_tiles {
+        // After the last tile nothing follows: it is unpacked again.
+        let next = (tile + 1).min(num_tiles - 1);
+        // SAFETY: the tile's 128 bytes lie inside the panel.
+        let numbers = unsafe { load_tile(panel, next) }.map(|half| decoder.numbers(half));
+        let [first, second, third, fourth, fifth] = &mut codes.0;
+        // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
+        unsafe {
+            let step = 5 * tile;
+            decoder.multiply_and_unpack::<N, 0>(first, block, step, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 1>(second, block, step + 1, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 2>(third, block, step + 2, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 3>(fourth, block, step + 3, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 4>(fifth, block, step + 4, &mut sums, &numbers);
+        }
+    }
+    add_sets(&[sums], out);
+}
+
+/// The codes of a tile as bytes, plane by plane.
+#[repr(align(64))]
+struct UnpackedTile([[u8; TILE_BYTES]; 5]);
+
 /// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+#[inline(never)]
 fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     let decoder = Decoder::new();
     let tiles = unpacked.as_chunks_mut::<{ 5 * TILE_BYTES }>().0;
@@ -148,6 +183,26 @@ impl Decoder {
             let odd = _mm512_maddubs_epi16(odd, self.even_by_9);
             let of_two = _mm512_ternarylogic_epi32::<SELECT>(self.high_bytes, odd, _mm512_srli_epi16::<8>(even));
             [of_three, of_two]
+        }
+    }
+
+    /// Multiplies plane `P` of a tile, `codes`, and puts the codes of `numbers` in its place.
+    ///
+    /// # Safety
+    /// `block` must hold the codes of the step.
+    #[inline(always)]
+    unsafe fn multiply_and_unpack<const N: usize, const P: usize>(
+        &self,
+        codes: &mut [u8; TILE_BYTES],
+        block: &[i8],
+        step: usize,
+        sums: &mut [[__m512i; 2]; N],
+        numbers: &[Numbers; 2],
+    ) {
+        // SAFETY: the CPU as in `numbers`; 128 bytes are one tile; the block by the caller's promise.
+        unsafe {
+            multiply_step(load(codes, 0), block, step, sums);
+            store_bytes(self.plane::<P>(numbers), codes);
         }
     }
 

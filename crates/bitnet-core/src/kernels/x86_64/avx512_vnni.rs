@@ -283,7 +283,7 @@ pub(super) unsafe fn load_tile(panel: &[u8], tile: usize) -> [__m512i; 2] {
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-unsafe fn load(panel: &[u8], tile: usize) -> [__m512i; 2] {
+pub(super) unsafe fn load(panel: &[u8], tile: usize) -> [__m512i; 2] {
     let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES);
     // SAFETY: 128 bytes at `bytes`, by the caller's promise.
     unsafe { [_mm512_loadu_si512(bytes.cast()), _mm512_loadu_si512(bytes.add(64).cast())] }
