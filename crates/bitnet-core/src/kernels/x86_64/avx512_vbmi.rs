@@ -38,8 +38,8 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| match sums.len() {
-            1..=3 => by_tokens!(sums.len(), [1 2 3], panel_gemm::<N>(panel, block, sums)),
-            _ => by_tokens!(sums.len(), [4 5 6 7 8 9 10 11 12], panel_gemm_ahead::<N>(panel, block, sums)),
+            1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums)),
+            _ => by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_ahead::<N>(panel, block, sums)),
         });
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
