@@ -12,6 +12,7 @@ use bitnet_server::{
 
 use crate::{
     exit::Failure,
+    model_args::ModelArgs,
     progress::{lines_bar, weights_bar},
 };
 
@@ -27,27 +28,14 @@ pub(crate) struct BatchArgs {
     /// Answers, one a line; a file that is there already is continued
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Compute threads [default: physical cores this process may use]
-    #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
-    threads: Option<usize>,
-    /// Kernel by name, or auto for the fastest this CPU has [default: auto]
-    #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
-    kernel: Option<String>,
-    /// Bits a weight in memory; auto measures which is faster here [default: auto]
-    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
-    packing: Option<String>,
+    #[command(flatten)]
+    held: ModelArgs,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     ctx_size: Option<usize>,
     /// Lines answered at the same time [default: 16]
     #[arg(long, env = "BITNET_MAX_NUM_SEQS", value_name = "N")]
     max_num_seqs: Option<usize>,
-    /// Element type of the KV cache [default: f16]
-    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16")]
-    kv_cache_type: Option<String>,
-    /// Physical layout of I2_S tensors in GGUF files [default: a]
-    #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
-    i2s_layout: Option<String>,
     /// TOML file of content filter rules [default: none]
     #[arg(long, env = "BITNET_CONTENT_FILTER", value_name = "FILE")]
     content_filter: Option<PathBuf>,
@@ -72,16 +60,11 @@ pub(crate) fn batch(args: BatchArgs) -> Result<(), Failure> {
         model: Some(model.clone()),
         // Files of requests are made for some server: whatever name it had, this model answers.
         model_name: Some(vec!["*".to_owned()]),
-        threads: args.threads,
-        kernel: args.kernel,
-        packing: args.packing,
         ctx_size: args.ctx_size,
         max_num_seqs: args.max_num_seqs,
-        kv_cache_type: args.kv_cache_type,
-        i2s_layout: args.i2s_layout,
         content_filter: args.content_filter,
         request_timeout: Some(LINE_TIMEOUT_SECONDS),
-        ..RawConfig::default()
+        ..args.held.raw_config()
     })
     .map_err(Failure::configuration)?;
     let filter = config.content_filter.as_ref().map(ContentFilter::new).transpose().map_err(Failure::configuration)?;

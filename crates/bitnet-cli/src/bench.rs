@@ -14,12 +14,12 @@ use bitnet_core::{
     threads::WorkerPool,
 };
 use bitnet_server::{
-    config::{RawConfig, ServerConfig},
+    config::ServerConfig,
     load::{default_model_name, supported},
 };
 use serde_json::{Value, json};
 
-use crate::{exit::Failure, progress::weights_bar};
+use crate::{exit::Failure, model_args::ModelArgs, progress::weights_bar};
 use cases::Case;
 use measure::{Bench, Measured};
 
@@ -38,24 +38,8 @@ pub(crate) struct BenchArgs {
     /// Cases to measure: prefill:TOKENS and decode:BATCH[@CONTEXT], separated by commas [default: a table of both]
     #[arg(long, value_name = "CASES", value_delimiter = ',')]
     only: Vec<Case>,
-    /// Compute threads [default: physical cores this process may use]
-    #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
-    threads: Option<usize>,
-    /// Kernel by name, or auto for the fastest this CPU has [default: auto]
-    #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
-    kernel: Option<String>,
-    /// Bits a weight in memory; auto measures which is faster here [default: auto]
-    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
-    packing: Option<String>,
-    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
-    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
-    sparse_ffn: Option<String>,
-    /// Element type of the KV cache; int8 halves its memory and changes results a little [default: f16]
-    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16|int8")]
-    kv_cache_type: Option<String>,
-    /// Physical layout of I2_S tensors in GGUF files [default: a]
-    #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
-    i2s_layout: Option<String>,
+    #[command(flatten)]
+    held: ModelArgs,
 }
 
 /// Measures and prints.
@@ -63,16 +47,7 @@ pub(crate) struct BenchArgs {
 /// # Errors
 /// [`Failure`] with the exit code of the contract.
 pub(crate) fn bench(args: BenchArgs) -> Result<(), Failure> {
-    let config = ServerConfig::resolve(RawConfig {
-        threads: args.threads,
-        kernel: args.kernel.clone(),
-        packing: args.packing.clone(),
-        sparse_ffn: args.sparse_ffn.clone(),
-        kv_cache_type: args.kv_cache_type.clone(),
-        i2s_layout: args.i2s_layout.clone(),
-        ..RawConfig::default()
-    })
-    .map_err(Failure::configuration)?;
+    let config = ServerConfig::resolve(args.held.raw_config()).map_err(Failure::configuration)?;
     let kernel = kernels::select(config.kernel.as_deref().unwrap_or("auto"))?;
     let packing = supported(config.packing, kernel).map_err(Failure::configuration)?;
     let start = Instant::now();

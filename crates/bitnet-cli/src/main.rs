@@ -4,6 +4,7 @@ mod batch;
 mod bench;
 mod exit;
 mod inspect;
+mod model_args;
 mod progress;
 mod run;
 mod serve;

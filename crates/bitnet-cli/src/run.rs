@@ -17,7 +17,7 @@ use bitnet_server::{
     service::Service,
 };
 
-use crate::{exit::Failure, progress::weights_bar};
+use crate::{exit::Failure, model_args::ModelArgs, progress::weights_bar};
 
 /// Generates text on the terminal.
 #[derive(Debug, clap::Args)]
@@ -43,27 +43,11 @@ pub(crate) struct RunArgs {
     /// Makes the answer repeatable [default: drawn]
     #[arg(long, value_name = "SEED")]
     seed: Option<i64>,
-    /// Compute threads [default: physical cores this process may use]
-    #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
-    threads: Option<usize>,
-    /// Kernel by name, or auto for the fastest this CPU has [default: auto]
-    #[arg(long, env = "BITNET_KERNEL", value_name = "auto|NAME")]
-    kernel: Option<String>,
-    /// Bits a weight in memory; auto measures which is faster here [default: auto]
-    #[arg(long, env = "BITNET_PACKING", value_name = "auto|2bit|1.6bit")]
-    packing: Option<String>,
-    /// Copies of weights that let a single stream skip channels that are zero; auto where measured faster [default: off]
-    #[arg(long, env = "BITNET_SPARSE_FFN", value_name = "off|auto|on")]
-    sparse_ffn: Option<String>,
+    #[command(flatten)]
+    held: ModelArgs,
     /// Longest prompt and completion together, in tokens [default: the model's context]
     #[arg(long, env = "BITNET_CTX_SIZE", value_name = "TOKENS")]
     ctx_size: Option<usize>,
-    /// Element type of the KV cache; int8 halves its memory and changes results a little [default: f16]
-    #[arg(long, env = "BITNET_KV_CACHE_TYPE", value_name = "f32|f16|int8")]
-    kv_cache_type: Option<String>,
-    /// Physical layout of I2_S tensors in GGUF files [default: a]
-    #[arg(long, env = "BITNET_I2S_LAYOUT", value_name = "a|b|c")]
-    i2s_layout: Option<String>,
 }
 
 /// Generates once, or chats until the end of the input.
@@ -94,17 +78,11 @@ impl Session {
     fn start(args: &RunArgs) -> Result<Self, Failure> {
         let config = ServerConfig::resolve(RawConfig {
             model: Some(args.model.clone()),
-            threads: args.threads,
-            kernel: args.kernel.clone(),
-            packing: args.packing.clone(),
-            sparse_ffn: args.sparse_ffn.clone(),
             ctx_size: args.ctx_size,
-            kv_cache_type: args.kv_cache_type.clone(),
-            i2s_layout: args.i2s_layout.clone(),
             temperature: args.temperature,
             top_p: args.top_p,
             max_num_seqs: Some(1),
-            ..RawConfig::default()
+            ..args.held.raw_config()
         })
         .map_err(Failure::configuration)?;
         let bar = weights_bar();

@@ -1,16 +1,11 @@
 //! Batches of clients, worked off while the server runs: a few lines at a time over all batches, in turn, and a line only
 //! while nobody waits. What a restart interrupts goes on after it; a line that has its answer is not answered again.
 
-use std::{
-    collections::HashSet,
-    io,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashSet, io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
 };
 
 use super::{
@@ -21,7 +16,7 @@ use crate::{
     http::HttpState,
     openai::{BatchError, BatchErrors, BatchObject, BatchStatus, InputLine},
     service::{Phase, Service, unix_seconds},
-    storage::{Answers, SharedStorage, StorageError, Stored},
+    storage::{Answers, Outcome, SharedStorage, StorageError, Stored},
 };
 
 /// How often a batch looks whether anybody still waits.
@@ -88,8 +83,8 @@ impl Run {
         }
         let batch = self.batch.clone();
         let (answers, done) = on_disk(&self.storage, move |storage| storage.answers(&batch)).await?;
-        let answers = Arc::new(Mutex::new(Some(answers)));
-        let end = self.answer_lines(done, &answers).await;
+        let mut answers = Some(answers);
+        let end = self.answer_lines(done, &mut answers).await;
         if end == Ok(LinesEnd::Interrupted) {
             return Ok(());
         }
@@ -103,7 +98,6 @@ impl Run {
                     batch.finalizing_at = Some(unix_seconds());
                 }
             })?;
-            let answers = lock(&answers).take();
             let files = answers.map_or(Ok([None, None]), |answers| answers.finish(unix_seconds()))?;
             storage.change_batch(&id, |batch| match failure {
                 Some(error) => failed(batch, vec![error], files),
@@ -151,10 +145,11 @@ impl Run {
         }
     }
 
+    /// `answers` are taken only while the disk has them, and stay with it when its work ends early.
     async fn answer_lines(
         &self,
         done: HashSet<String>,
-        answers: &Arc<Mutex<Option<Answers>>>,
+        answers: &mut Option<Answers>,
     ) -> Result<LinesEnd, StorageError> {
         let (input, max_bytes) = (self.batch.object.input_file_id.clone(), self.state.max_body_bytes());
         let lines = on_disk(&self.storage, move |storage| Ok(Lines::new(storage.input(&input)?, max_bytes)));
@@ -165,7 +160,15 @@ impl Run {
             let (line, rest) = on_disk(&self.storage, move |_| next_line(lines, done)).await?;
             unread = rest;
             let Some(line) = line else { continue };
-            let place = self.place().await;
+            let mut place = pin!(self.place());
+            let place = loop {
+                tokio::select! {
+                    // What is answered is stored before more is begun.
+                    biased;
+                    Some(ended) = under_way.join_next() => end = end.and(self.keep(ended, answers).await?),
+                    place = &mut place => break place,
+                }
+            };
             match (self.stops(), self.storage.batch_status(&self.batch.object.id)) {
                 (true, _) => {
                     end = LinesEnd::Interrupted;
@@ -174,13 +177,10 @@ impl Run {
                 (false, Some(BatchStatus::InProgress)) => {}
                 (false, _) => break,
             }
-            under_way.spawn(self.line(line, Arc::clone(answers), place));
-            while let Some(ended) = under_way.try_join_next() {
-                end = end.and(ended.unwrap_or_else(panicked)?);
-            }
+            under_way.spawn(self.line(line, place));
         }
         while let Some(ended) = under_way.join_next().await {
-            end = end.and(ended.unwrap_or_else(panicked)?);
+            end = end.and(self.keep(ended, answers).await?);
         }
         Ok(end)
     }
@@ -198,24 +198,37 @@ impl Run {
         self.state.lifecycle.phase() != Phase::Ready
     }
 
-    /// Answers `line` and stores the answer.
+    /// Answers `line`; `None` when the server ends first.
     fn line(
         &self,
         line: InputLine,
-        answers: Arc<Mutex<Option<Answers>>>,
         place: Option<OwnedSemaphorePermit>,
-    ) -> impl Future<Output = Result<LinesEnd, StorageError>> + Send + 'static {
-        let (service, storage, strict) =
-            (Arc::clone(&self.service), Arc::clone(&self.storage), self.state.strict_params());
-        let client = self.batch.background_client();
+    ) -> impl Future<Output = Answered> + Send + 'static {
+        let (service, strict, client) =
+            (Arc::clone(&self.service), self.state.strict_params(), self.batch.background_client());
         async move {
             let answer = answered(&service, &line, strict, client).await;
             drop(place);
-            let Some((outcome, bytes)) = answer else { return Ok(LinesEnd::Interrupted) };
-            let store =
-                move |_: &SharedStorage| lock(&answers).as_mut().map_or(Ok(()), |answers| answers.add(outcome, &bytes));
-            on_disk(&storage, store).await.map(|()| LinesEnd::Done)
+            answer
         }
+    }
+
+    /// Stores what a line `ended` with.
+    async fn keep(
+        &self,
+        ended: Result<Answered, JoinError>,
+        answers: &mut Option<Answers>,
+    ) -> Result<LinesEnd, StorageError> {
+        let ended = ended.map_err(|error| StorageError::Disk(format!("a line ended early: {error}")))?;
+        let Some((outcome, bytes)) = ended else { return Ok(LinesEnd::Interrupted) };
+        let Some(mut taken) = answers.take() else { return Err(StorageError::Disk("the answers are gone".to_owned())) };
+        let (taken, added) = on_disk(&self.storage, move |_| {
+            let added = taken.add(outcome, &bytes);
+            Ok((taken, added))
+        })
+        .await?;
+        *answers = Some(taken);
+        added.map(|()| LinesEnd::Done)
     }
 }
 
@@ -253,6 +266,8 @@ fn finished(batch: &mut BatchObject, [output, errors]: [Option<String>; 2]) {
     }
 }
 
+/// `None`: the server ended first.
+type Answered = Option<(Outcome, Vec<u8>)>;
 type Unread = (Lines, HashSet<String>);
 
 /// The next line that is not done, and what comes after it.
@@ -265,14 +280,6 @@ fn next_line(mut lines: Lines, done: HashSet<String>) -> Result<(Option<InputLin
         }
     }
     Ok((None, None))
-}
-
-fn panicked(error: tokio::task::JoinError) -> Result<LinesEnd, StorageError> {
-    Err(StorageError::Disk(format!("a line ended early: {error}")))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs `work` where it may wait for the disk.
