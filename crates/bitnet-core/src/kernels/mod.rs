@@ -309,6 +309,16 @@ fn write_screen(
         values[row] = known.estimate(x, high[row], low[row]);
         distances[row] = x.radius(&known, values[row]);
     }
-    estimates.copy_from_slice(&values[..estimates.len()]);
-    radii.copy_from_slice(&distances[..radii.len()]);
+    copy_rows(&values, estimates);
+    copy_rows(&distances, radii);
+}
+
+/// The values of a panel's rows, of which the last may be padding.
+#[inline(always)]
+fn copy_rows(values: &[f32; ROW_TILE], out: &mut [f32]) {
+    // A whole panel is stored from registers; the other way is a call.
+    match <&mut [f32; ROW_TILE]>::try_from(&mut *out) {
+        Ok(out) => *out = *values,
+        Err(_) => out.copy_from_slice(&values[..out.len()]),
+    }
 }
