@@ -10,6 +10,7 @@ use super::{
     TernaryKernel,
     limits::best_of,
     packing::{PackedLayout, PackedTernary, ROW_TILE},
+    prefetch::Streaming,
 };
 use crate::{
     quant::activation::ActivationBuffer,
@@ -23,30 +24,37 @@ const MAX_BYTES: usize = 256 << 20;
 /// Passes over the matrix, of which the fastest counts.
 const ROUNDS: u32 = 4;
 
-/// Times a matrix-vector product in every layout of `kernel` on all workers of `pool`, and returns the fastest layout.
+/// Times a matrix-vector product in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead,
+/// on all workers of `pool`, and returns the fastest way.
 /// `weight_bytes` is what the model's weights take at 2 bits each: a model that fits the cache is judged in the cache, and
-/// no more memory than the model will need is touched. Takes about a tenth of a second for a large one.
+/// no more memory than the model will need is touched. Takes about two tenths of a second for a large one.
 ///
 /// # Panics
 /// When memory is exhausted.
-pub fn autotune(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, weight_bytes: usize) -> PackedLayout {
-    let mut fastest = (f64::INFINITY, kernel.layout());
-    if kernel.layouts().len() > 1 {
+pub fn autotune(
+    kernel: &dyn TernaryKernel,
+    pool: &mut WorkerPool,
+    weight_bytes: usize,
+    layout: Option<PackedLayout>,
+) -> Streaming {
+    let choices = Streaming::choices(kernel, layout);
+    let mut fastest = (f64::INFINITY, choices[0]);
+    if choices.len() > 1 {
         let row_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) / ROW_TILE;
         let rows = (weight_bytes.min(MAX_BYTES) / row_bytes).next_multiple_of(ROW_TILE).max(ROW_TILE);
-        for &layout in kernel.layouts() {
-            let seconds = time(kernel, pool, rows, layout);
-            tracing::debug!(layout = layout.name(), rows, seconds, "timed a packing");
+        for choice in choices {
+            let seconds = time(kernel, pool, rows, choice);
+            tracing::debug!(?choice, rows, seconds, "timed a way to read weights");
             if seconds < fastest.0 {
-                fastest = (seconds, layout);
+                fastest = (seconds, choice);
             }
         }
     }
     fastest.1
 }
 
-fn time(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, rows: usize, layout: PackedLayout) -> f64 {
-    let weights = PackedTernary::arbitrary(rows, COLS, layout, pool);
+fn time(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, rows: usize, choice: Streaming) -> f64 {
+    let weights = PackedTernary::arbitrary(rows, COLS, choice, pool);
     let mut x = ActivationBuffer::new(1, COLS);
     x.quantize_row(0, &[1.0; COLS]);
     let x = x.view(1, COLS);

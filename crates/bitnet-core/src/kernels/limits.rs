@@ -13,17 +13,18 @@
 
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
-
-use super::{FloatOp, TernaryKernel, packing::huge_pages, prefetch};
+use super::{
+    FloatOp, TernaryKernel,
+    arena::{Arena, Piece},
+    prefetch::Prefetch,
+    prefetch_line,
+};
 use crate::threads::{SharedRows, WorkerPool};
 
 /// Many times the last-level cache of most machines, so that hardly any of it is still there in the next sample.
 const READ_BYTES: usize = 512 << 20;
 /// The granularity of shares.
 const BLOCK_BYTES: usize = 4096;
-/// How far ahead the blocks are asked for, as by the kernels.
-const AHEAD_BYTES: usize = 8192;
 /// How long multiplications are timed in a sample, in nanoseconds: starting and ending a phase, a microsecond, does not show.
 const MULTIPLY_NANOS: u128 = 5_000_000;
 
@@ -57,7 +58,7 @@ impl Limits {
 /// Takes samples of the limits.
 #[derive(Debug)]
 pub struct Ruler {
-    memory: MmapMut,
+    memory: Piece,
     /// Of `multiply_registers` in a sample.
     rounds: u32,
 }
@@ -68,7 +69,7 @@ impl Ruler {
     /// # Panics
     /// When memory is exhausted.
     pub fn new(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Self {
-        let mut memory = huge_pages(READ_BYTES);
+        let mut memory = Arena::whole(READ_BYTES);
         touch(&mut memory, pool);
         let start = Instant::now();
         kernel.multiply_registers(1000);
@@ -79,12 +80,15 @@ impl Ruler {
     /// Measures both limits; takes some ten milliseconds.
     pub fn sample(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Limits {
         let isa = super::available().last().expect("the scalar kernel is always there").isa();
-        let read_seconds = best_of(1, || {
-            pool.run(&|worker| {
-                let share = worker.share(READ_BYTES, BLOCK_BYTES);
-                std::hint::black_box(isa.run(Sum(&self.memory[share])));
-            });
-        });
+        let mut read = |prefetch: Prefetch| {
+            best_of(1, || {
+                pool.run(&|worker| {
+                    let bytes = &self.memory[worker.share(READ_BYTES, BLOCK_BYTES)];
+                    std::hint::black_box(isa.run(Sum { bytes, ahead: prefetch.bytes() }));
+                });
+            })
+        };
+        let read_seconds = Prefetch::ALL.map(&mut read).into_iter().fold(f64::INFINITY, f64::min);
         let macs = kernel.multiply_registers(1) * u64::from(self.rounds) * pool.num_threads() as u64;
         let multiply_seconds = best_of(1, || {
             pool.run(&|_| {
@@ -115,8 +119,11 @@ pub(super) fn best_of(rounds: u32, mut task: impl FnMut()) -> f64 {
     (0..rounds).map(time).min().unwrap_or(Duration::MAX).max(Duration::from_nanos(1)).as_secs_f64()
 }
 
-/// Reads a slice once and asks for what follows.
-struct Sum<'a>(&'a [u8]);
+/// Reads a slice once and asks for what follows in `ahead` bytes, 0 for nothing.
+struct Sum<'a> {
+    bytes: &'a [u8],
+    ahead: usize,
+}
 
 impl FloatOp for Sum<'_> {
     type Output = u64;
@@ -124,9 +131,11 @@ impl FloatOp for Sum<'_> {
     #[inline(always)]
     fn call(self) -> u64 {
         let mut lanes = [0_u64; 32];
-        for chunk in self.0.as_chunks::<256>().0 {
-            for line in 0..4 {
-                prefetch(chunk.as_ptr().wrapping_add(AHEAD_BYTES + 64 * line));
+        for chunk in self.bytes.as_chunks::<256>().0 {
+            if self.ahead > 0 {
+                for line in 0..4 {
+                    prefetch_line(chunk.as_ptr().wrapping_add(self.ahead + 64 * line));
+                }
             }
             for (lane, bytes) in lanes.iter_mut().zip(chunk.as_chunks().0) {
                 *lane = lane.wrapping_add(u64::from_ne_bytes(*bytes));

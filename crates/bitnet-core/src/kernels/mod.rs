@@ -4,11 +4,13 @@
 //! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
 //! the same bits: the products are exact integers, and the epilogue is the same for all.
 
+pub mod arena;
 mod autotune;
 mod isa;
 pub mod limits;
 pub mod math;
 pub mod packing;
+pub mod prefetch;
 mod scalar;
 pub mod screen;
 mod self_test;
@@ -235,7 +237,7 @@ fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
 /// Asks for the cache line at `address`, which need not be valid, to come into the second-level cache.
 #[inline(always)]
 #[allow(unsafe_code)]
-fn prefetch(address: *const u8) {
+fn prefetch_line(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: prefetching has no effect a program can observe, whatever the address; SSE is part of x86-64.
     unsafe {
@@ -245,11 +247,11 @@ fn prefetch(address: *const u8) {
     let _ = address;
 }
 
-/// [`prefetch`] of all of `bytes`.
+/// [`prefetch_line`] of all of `bytes`.
 #[inline(always)]
 pub(crate) fn prefetch_all(bytes: &[u8]) {
     for line in bytes.chunks(64) {
-        prefetch(line.as_ptr());
+        prefetch_line(line.as_ptr());
     }
 }
 

@@ -9,15 +9,16 @@
 //! Layout T32.16 (1.6 bits a weight): the same with five codes a byte, so a tile has 20 columns. A byte holds the base-3
 //! number `v` of its codes, plane 0 first, as the fraction `ceil(256 v / 243) / 256`: multiplying by 3 moves the next code
 //! above the point.
-#![allow(unsafe_code)]
 
 use std::{
     ops::Range,
     sync::{Mutex, PoisonError},
 };
 
-use memmap2::MmapMut;
-
+use super::{
+    arena::{Arena, Piece},
+    prefetch::{Prefetch, Streaming},
+};
 use crate::threads::{SharedRows, WorkerPool};
 
 /// Rows of a tile: the granularity in which weights are split among workers.
@@ -65,6 +66,11 @@ impl PackedLayout {
     pub const fn panel_bytes(self, cols: usize) -> usize {
         cols.div_ceil(self.column_tile()) * TILE_BYTES
     }
+
+    /// Bytes of all panels of a matrix.
+    pub const fn matrix_bytes(self, rows: usize, cols: usize) -> usize {
+        rows.div_ceil(ROW_TILE) * self.panel_bytes(cols)
+    }
 }
 
 /// Where weights come from: writes the -1, 0, +1 of a row, given by its index, into the slice, one per column.
@@ -73,21 +79,22 @@ pub type DecodeRow<'d, E> = dyn Fn(usize, &mut [i8]) -> Result<(), E> + Sync + '
 /// A ternary matrix in the layout of one kernel, with its scale.
 #[derive(Debug)]
 pub struct PackedTernary {
-    memory: MmapMut,
+    memory: Piece,
     layout: PackedLayout,
+    prefetch: Prefetch,
     rows: usize,
     cols: usize,
     scale: f32,
 }
 
 impl PackedTernary {
-    /// Packs a matrix `[rows, cols]` that `decode_row` gives row by row, in parallel on `pool`.
+    /// [`Self::pack_into`] an arena of its own.
     ///
     /// # Errors
-    /// The error of the lowest row that could not be decoded.
+    /// As there.
     ///
     /// # Panics
-    /// When a dimension is 0, `cols` exceeds [`MAX_COLS`], a decoded weight is not ternary, or memory is exhausted.
+    /// As there, and when memory is exhausted.
     pub fn pack<E: Send>(
         rows: usize,
         cols: usize,
@@ -96,10 +103,30 @@ impl PackedTernary {
         pool: &mut WorkerPool,
         decode_row: &DecodeRow<'_, E>,
     ) -> Result<Self, E> {
+        let arena = Arena::new(layout.matrix_bytes(rows, cols));
+        Self::pack_into(&arena, (rows, cols), scale, layout, pool, decode_row)
+    }
+
+    /// Packs a matrix `[rows, cols]` that `decode_row` gives row by row, in parallel on `pool`. It takes
+    /// [`PackedLayout::matrix_bytes`] of `arena`.
+    ///
+    /// # Errors
+    /// The error of the lowest row that could not be decoded.
+    ///
+    /// # Panics
+    /// When a dimension is 0, `cols` exceeds [`MAX_COLS`], a decoded weight is not ternary, or `arena` has too little left.
+    pub fn pack_into<E: Send>(
+        arena: &Arena,
+        (rows, cols): (usize, usize),
+        scale: f32,
+        layout: PackedLayout,
+        pool: &mut WorkerPool,
+        decode_row: &DecodeRow<'_, E>,
+    ) -> Result<Self, E> {
         assert!(rows > 0 && (1..=MAX_COLS).contains(&cols), "cannot pack a matrix of {rows} x {cols}");
         let panel_bytes = layout.panel_bytes(cols);
         let num_panels = rows.div_ceil(ROW_TILE);
-        let mut memory = huge_pages(num_panels * panel_bytes);
+        let mut memory = arena.take(layout.matrix_bytes(rows, cols));
         let panels = SharedRows::new(&mut memory[..], panel_bytes);
         in_parallel(num_panels, pool, &|share| {
             let mut codes = vec![0; ROW_TILE * cols.next_multiple_of(layout.column_tile())];
@@ -114,14 +141,24 @@ impl PackedTernary {
             }
             Ok(())
         })?;
-        Ok(Self { memory, layout, rows, cols, scale })
+        Ok(Self { memory, layout, prefetch: Prefetch::default(), rows, cols, scale })
     }
 
     /// A matrix of some weights, for timing: written, so that it is in memory, but not worth packing.
-    pub(super) fn arbitrary(rows: usize, cols: usize, layout: PackedLayout, pool: &mut WorkerPool) -> Self {
-        let mut memory = huge_pages(rows.div_ceil(ROW_TILE) * layout.panel_bytes(cols));
+    pub(super) fn arbitrary(
+        rows: usize,
+        cols: usize,
+        Streaming { layout, prefetch }: Streaming,
+        pool: &mut WorkerPool,
+    ) -> Self {
+        let mut memory = Arena::whole(layout.matrix_bytes(rows, cols));
         super::limits::touch(&mut memory, pool);
-        Self { memory, layout, rows, cols, scale: 1.0 }
+        Self { memory, layout, prefetch, rows, cols, scale: 1.0 }
+    }
+
+    /// To be read in that way.
+    pub fn with_prefetch(self, prefetch: Prefetch) -> Self {
+        Self { prefetch, ..self }
     }
 
     /// Rows: outputs of the product.
@@ -169,6 +206,7 @@ impl PackedTernary {
         PackedRows {
             codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
             layout: self.layout,
+            prefetch: self.prefetch,
             rows: rows.len(),
             cols: self.cols,
             scale: self.scale,
@@ -181,6 +219,7 @@ impl PackedTernary {
 pub struct PackedRows<'a> {
     codes: &'a [u8],
     layout: PackedLayout,
+    prefetch: Prefetch,
     rows: usize,
     cols: usize,
     scale: f32,
@@ -205,6 +244,11 @@ impl<'a> PackedRows<'a> {
     /// The arrangement of the codes.
     pub fn layout(&self) -> PackedLayout {
         self.layout
+    }
+
+    /// How far ahead to ask for codes, in bytes; 0 for not at all.
+    pub(super) fn ahead(&self) -> usize {
+        self.prefetch.bytes()
     }
 
     /// The packed bytes of each panel of 32 rows, in order: [`PackedLayout::panel_bytes`] of them, aligned to 64.
@@ -293,18 +337,4 @@ fn pack_5trit(codes: [u8; 5]) -> u8 {
     let number = codes.iter().fold(0, |number, &code| 3 * number + u16::from(code));
     // At most ceil(256 * 242 / 243) = 255.
     (256 * number).div_ceil(243) as u8
-}
-
-/// Zeroed memory, aligned to pages, that the system is asked to back by huge pages: weights are streamed through once a
-/// token, and misses in the translation tables would cost a sixth of the bandwidth.
-pub(super) fn huge_pages(len: usize) -> MmapMut {
-    let memory = MmapMut::map_anon(len).expect("memory for packed weights");
-    // A page of 2 MiB for less would cost more to clear than it saves.
-    #[cfg(target_os = "linux")]
-    if len >= 2 << 20
-        && let Err(error) = memory.advise(memmap2::Advice::HugePage)
-    {
-        tracing::debug!(%error, "no huge pages for weights");
-    }
-    memory
 }

@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-use memmap2::MmapMut;
-
 use super::{
     FloatOp, Isa,
-    packing::{ROW_TILE, TILE_BYTES, huge_pages, in_parallel},
+    arena::{Arena, Piece},
+    packing::{ROW_TILE, TILE_BYTES, in_parallel},
+    prefetch::Prefetch,
 };
 use crate::{
     quant::screen::{SplitRow, WeightRow, quantize_weights, split_activations},
@@ -22,8 +22,9 @@ pub type DecodeFloats<'d, E> = dyn Fn(usize, &mut [f32]) -> Result<(), E> + Sync
 /// A dense matrix `[rows, cols]` in 8 bits.
 #[derive(Debug)]
 pub struct ScreenMatrix {
-    memory: MmapMut,
+    memory: Piece,
     bounds: Vec<PanelBounds>,
+    prefetch: Prefetch,
     rows: usize,
     cols: usize,
 }
@@ -73,7 +74,7 @@ impl ScreenMatrix {
     ) -> Result<Self, E> {
         assert!(rows > 0 && (1..=super::packing::MAX_COLS).contains(&cols), "cannot pack a matrix of {rows} x {cols}");
         let (panel_bytes, num_panels) = (panel_bytes(cols), rows.div_ceil(ROW_TILE));
-        let mut memory = huge_pages(num_panels * panel_bytes);
+        let mut memory = Arena::whole(num_panels * panel_bytes);
         let mut bounds = vec![PanelBounds::default(); num_panels];
         let shared_panels = SharedRows::new(&mut memory[..], panel_bytes);
         let shared_bounds = SharedRows::new(&mut bounds, 1);
@@ -94,7 +95,12 @@ impl ScreenMatrix {
             }
             Ok(())
         })?;
-        Ok(Self { memory, bounds, rows, cols })
+        Ok(Self { memory, bounds, prefetch: Prefetch::default(), rows, cols })
+    }
+
+    /// To be read in that way.
+    pub fn with_prefetch(self, prefetch: Prefetch) -> Self {
+        Self { prefetch, ..self }
     }
 
     /// Rows: outputs of the product.
@@ -122,6 +128,7 @@ impl ScreenMatrix {
         ScreenRows {
             codes: &self.memory[panels.start * panel_bytes..panels.end * panel_bytes],
             bounds: &self.bounds[panels],
+            prefetch: self.prefetch,
             rows: rows.len(),
             cols: self.cols,
         }
@@ -133,6 +140,7 @@ impl ScreenMatrix {
 pub struct ScreenRows<'a> {
     codes: &'a [u8],
     bounds: &'a [PanelBounds],
+    prefetch: Prefetch,
     rows: usize,
     cols: usize,
 }
@@ -146,6 +154,11 @@ impl<'a> ScreenRows<'a> {
     /// Columns: inputs of the product.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// How far ahead to ask for codes, in bytes; 0 for not at all.
+    pub(super) fn ahead(&self) -> usize {
+        self.prefetch.bytes()
     }
 
     /// The codes of each panel and what is known of its rows.

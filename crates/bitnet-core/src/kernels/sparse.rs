@@ -10,11 +10,11 @@
 
 use std::ops::Range;
 
-use memmap2::MmapMut;
-
 use super::{
-    FloatOp, epilogue,
-    packing::{DecodeRow, MAX_COLS, huge_pages, in_parallel},
+    FloatOp,
+    arena::{Arena, Piece},
+    epilogue,
+    packing::{DecodeRow, MAX_COLS, in_parallel},
 };
 use crate::{
     quant::activation::QuantizedActivations,
@@ -34,7 +34,7 @@ const COLUMNS_IN_I16: usize = 127;
 #[derive(Debug)]
 pub struct ChannelRows {
     /// `[channels, cols / LINE_WEIGHTS, LINE_BYTES]`
-    memory: MmapMut,
+    memory: Piece,
     cols: usize,
     scale: f32,
 }
@@ -43,7 +43,7 @@ pub struct ChannelRows {
 #[derive(Debug)]
 pub struct ChannelColumns {
     /// `[channels, rows / LINE_WEIGHTS, LINE_BYTES]`
-    memory: MmapMut,
+    memory: Piece,
     rows: usize,
     channels: usize,
     scale: f32,
@@ -64,7 +64,7 @@ impl ChannelRows {
         decode_row: &DecodeRow<'_, E>,
     ) -> Result<Self, E> {
         assert!(is_whole_lines(cols) && cols <= MAX_COLS && channels > 0, "{channels} rows of {cols}");
-        let mut memory = huge_pages(channels * cols / 4);
+        let mut memory = Arena::whole(channels * cols / 4);
         let rows = SharedRows::new(&mut memory[..], cols / 4);
         in_parallel(channels, pool, &|share| {
             let mut weights = vec![0; cols];
@@ -118,7 +118,7 @@ impl ChannelColumns {
         decode_row: &DecodeRow<'_, E>,
     ) -> Result<Self, E> {
         assert!(is_whole_lines(rows) && (1..=MAX_COLS).contains(&channels), "{channels} columns of {rows}");
-        let mut memory = huge_pages(channels * rows / 4);
+        let mut memory = Arena::whole(channels * rows / 4);
         let columns = SharedRows::new(&mut memory[..], rows / 4);
         // A worker writes whole columns, so each decodes all rows, as many at a time as one line holds.
         in_parallel(channels, pool, &|share| {

@@ -4,7 +4,9 @@ use crate::{
     checkpoint::{Checkpoint, DenseMatrix, LayerTensors, LoadError, ModelConfig, TernaryTensor},
     kernels::{
         self, TernaryKernel,
-        packing::{MAX_COLS, PackedLayout, PackedTernary},
+        arena::Arena,
+        packing::{DecodeRow, MAX_COLS, PackedLayout, PackedTernary},
+        prefetch::{Prefetch, Streaming},
         screen::ScreenMatrix,
     },
     threads::WorkerPool,
@@ -125,11 +127,25 @@ impl Model {
             let problem = format!("has a linear layer of {widest} inputs; the kernels' integer sums hold {MAX_COLS}");
             return Err(LoadError::Config { key: "intermediate_size".into(), problem });
         }
-        let layout = options.packing.unwrap_or_else(|| kernels::autotune(kernel, pool, (total / 4) as usize));
-        assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
+        if let Some(layout) = options.packing {
+            assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
+        }
+        let Streaming { layout, prefetch } = kernels::autotune(kernel, pool, (total / 4) as usize, options.packing);
+        // Dropping channels makes a matrix no larger.
+        let capacity = weights.layers.iter().flat_map(linears).map(|t| layout.matrix_bytes(t.rows, t.cols)).sum();
+        let arena = Arena::new(capacity);
         let config = (options.sparse_ffn != SparseFfn::Off).then_some(&checkpoint.config);
-        let mut repacker =
-            Repacker { layout, sparse: config, pool: &mut *pool, progress, done: 0, total, num_dropped: 0 };
+        let mut repacker = Repacker {
+            layout,
+            prefetch,
+            arena,
+            sparse: config,
+            pool: &mut *pool,
+            progress,
+            done: 0,
+            total,
+            num_dropped: 0,
+        };
         progress(0, total);
         let layers = weights.layers.iter().map(|layer| repacker.layer(layer)).collect::<Result<Vec<_>, _>>()?;
         let num_dropped_channels = repacker.num_dropped;
@@ -148,7 +164,8 @@ impl Model {
             layers,
             output_norm: weights.output_norm.clone(),
             head: weights.lm_head.clone(),
-            screen: (head.rows >= options.min_screened_vocab).then(|| screen::pack(head, kernel.isa(), pool)),
+            screen: (head.rows >= options.min_screened_vocab)
+                .then(|| screen::pack(head, kernel.isa(), pool).with_prefetch(prefetch)),
             config: checkpoint.config.clone(),
         })
     }
@@ -235,6 +252,8 @@ impl Layer {
 /// Repacks tensors one after the other, each by all workers, and counts.
 struct Repacker<'a> {
     layout: PackedLayout,
+    prefetch: Prefetch,
+    arena: Arena,
     /// Where channels are to be skipped.
     sparse: Option<&'a ModelConfig>,
     pool: &'a mut WorkerPool,
@@ -280,6 +299,10 @@ impl Repacker<'_> {
         let kept = if self.sparse.is_none() { channels::kept(layer, &gate, &up) } else { None };
         if let Some(kept) = kept {
             self.num_dropped += layer.gate.rows - kept.len();
+            // The last one first, so that the arena gets its bytes back.
+            drop(down);
+            drop(up);
+            drop(gate);
             gate = self.some_rows(&layer.gate, &kept)?;
             up = self.some_rows(&layer.up, &kept)?;
             down = self.some_columns(&layer.down, &kept)?;
@@ -291,10 +314,7 @@ impl Repacker<'_> {
     fn some_rows(&mut self, tensor: &TernaryTensor, rows: &[usize]) -> Result<PackedTernary, LoadError> {
         let reader = tensor.reader()?;
         let decode_row = |row: usize, codes: &mut [i8]| reader.decode_row(rows[row], codes);
-        let shape = (rows.len(), tensor.cols);
-        let packed = PackedTernary::pack(shape.0, shape.1, reader.scale(), self.layout, self.pool, &decode_row)?;
-        tensor.release();
-        Ok(packed)
+        self.pack((rows.len(), tensor.cols), tensor, reader.scale(), &decode_row)
     }
 
     fn some_columns(&mut self, tensor: &TernaryTensor, columns: &[usize]) -> Result<PackedTernary, LoadError> {
@@ -305,21 +325,28 @@ impl Repacker<'_> {
             codes.iter_mut().zip(columns).for_each(|(code, &column)| *code = all[column]);
             Ok(())
         };
-        let shape = (tensor.rows, columns.len());
-        let packed = PackedTernary::pack(shape.0, shape.1, reader.scale(), self.layout, self.pool, &decode_row)?;
-        tensor.release();
-        Ok(packed)
+        self.pack((tensor.rows, columns.len()), tensor, reader.scale(), &decode_row)
     }
 
     fn tensor(&mut self, tensor: &TernaryTensor) -> Result<PackedTernary, LoadError> {
         let reader = tensor.reader()?;
         let decode_row = |row: usize, codes: &mut [i8]| reader.decode_row(row, codes);
-        let packed =
-            PackedTernary::pack(tensor.rows, tensor.cols, reader.scale(), self.layout, self.pool, &decode_row)?;
-        tensor.release();
+        let packed = self.pack((tensor.rows, tensor.cols), tensor, reader.scale(), &decode_row)?;
         self.done += num_weights(tensor);
         (self.progress)(self.done, self.total);
         Ok(packed)
+    }
+
+    fn pack(
+        &mut self,
+        shape: (usize, usize),
+        tensor: &TernaryTensor,
+        scale: f32,
+        decode_row: &DecodeRow<'_, LoadError>,
+    ) -> Result<PackedTernary, LoadError> {
+        let packed = PackedTernary::pack_into(&self.arena, shape, scale, self.layout, self.pool, decode_row)?;
+        tensor.release();
+        Ok(packed.with_prefetch(self.prefetch))
     }
 }
 

@@ -13,7 +13,7 @@ use std::arch::{
     },
 };
 
-use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
+use super::{PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
@@ -94,17 +94,19 @@ impl TernaryKernel for Avx2 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
+    let ahead = w.ahead();
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
         gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4], unpacked_gemm::<N>(panel, block, sums));
         });
@@ -113,8 +115,9 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
-        by_tokens!(sums.len(), [2 4], screen_gemm::<N>(panel, block, sums));
+        by_tokens!(sums.len(), [2 4], screen_gemm::<N>(panel, ahead, block, sums));
     });
 }
 
@@ -124,7 +127,7 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 ///     wide[token] += pairs of narrow[token]                                                  32 bits
 /// ```
 #[target_feature(enable = "avx2")]
-fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
     for half in 0..2 {
@@ -133,7 +136,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
             let mut narrow = [[_mm256_setzero_si256(); 2]; N];
             for tile in first..num_tiles.min(first + FLUSH_TILES) {
                 // SAFETY: the half tile's 64 bytes lie inside the panel.
-                let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+                let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
                 for plane in 0..4 {
                     let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                     quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
@@ -161,14 +164,14 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx2")]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
     let mask = _mm256_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         for half in 0..2 {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
-            let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+            let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
             for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
                 store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), half, step);
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
@@ -217,14 +220,14 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSum
 /// As [`unpacked_gemm`] for signed weights of 8 bits and unsigned activations of 7: a pair of products is at most
 /// 2 * 127 * 127 = 32,258, so there is room for one only.
 #[target_feature(enable = "avx2")]
-fn screen_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn screen_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let ones = _mm256_set1_epi16(1);
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for step in 0..num_steps {
             // SAFETY: the step's 128 bytes lie inside the panel.
-            let weights = unsafe { load_half_tile(panel, step, half) };
+            let weights = unsafe { load_half_tile(panel, ahead, step, half) };
             for (token, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: 4 codes a step and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, step * N + token) };
@@ -240,15 +243,17 @@ fn screen_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]
     }
 }
 
-/// [`load_half`], and asks for the weights to come.
+/// [`load_half`], and asks for the weights that come `ahead` bytes later, 0 for none.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn load_half_tile(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
-    let ahead = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + PREFETCH_BYTES / 2);
-    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+unsafe fn load_half_tile(panel: &[u8], ahead: usize, tile: usize, half: usize) -> [__m256i; 2] {
+    if ahead > 0 {
+        let line = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + ahead / 2);
+        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+    }
     // SAFETY: the caller's promise.
     unsafe { load_half(panel, tile, half) }
 }

@@ -31,18 +31,20 @@ static DIGITS: [[u8; 64]; 5] = [digits(9, 64), digits(3, 64), digits(1, 64), dig
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
+    let ahead = w.ahead();
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| match sums.len() {
-            1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums)),
-            _ => by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_ahead::<N>(panel, block, sums)),
+            1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums)),
+            _ => by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_pipelined::<N>(panel, ahead, block, sums)),
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
         gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
             multiply_unpacked(panel, block, sums);
         });
@@ -55,15 +57,16 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
 /// ```
 /// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
 /// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
-/// 3. Weights are prefetched into the second-level cache, across the end of the panel into the next.
+/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
+///    panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
     let decoder = Decoder::new();
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 5];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, tile) }.map(|half| decoder.numbers(half));
+        let numbers = unsafe { load_tile(panel, ahead, tile) }.map(|half| decoder.numbers(half));
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let step = 5 * tile;
@@ -89,18 +92,18 @@ const fn num_sets(n: usize) -> usize {
 /// The same product with a tile unpacked while the one before is multiplied: with this many sums, multiplications that wait
 /// for their codes fill the queues of the processor, and those it could do meanwhile find no place.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemm_ahead<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm_pipelined<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
     let decoder = Decoder::new();
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     let mut codes = UnpackedTile([[0; TILE_BYTES]; 5]);
     // By a call that is not inlined, so that the codes stay in memory: registers are for the sums.
-    unpack(&panel[..TILE_BYTES], codes.0.as_flattened_mut());
+    unpack(&panel[..TILE_BYTES], 0, codes.0.as_flattened_mut());
     for tile in 0..num_tiles {
         // After the last tile nothing follows: it is unpacked again.
         let next = (tile + 1).min(num_tiles - 1);
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, next) }.map(|half| decoder.numbers(half));
+        let numbers = unsafe { load_tile(panel, ahead, next) }.map(|half| decoder.numbers(half));
         let [first, second, third, fourth, fifth] = &mut codes.0;
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
         unsafe {
@@ -122,13 +125,13 @@ struct UnpackedTile([[u8; TILE_BYTES]; 5]);
 /// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 #[inline(never)]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
     let decoder = Decoder::new();
     let tiles = unpacked.as_chunks_mut::<{ 5 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, tile) }.map(|half| decoder.numbers(half));
+        let numbers = unsafe { load_tile(panel, ahead, tile) }.map(|half| decoder.numbers(half));
         let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
             unreachable!("a tile has five planes");
         };

@@ -14,8 +14,7 @@ use std::{
 };
 
 use super::{
-    PREFETCH_BYTES, PanelSums, avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
-    screen_by_blocks,
+    PanelSums, avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
 };
 use crate::{
     kernels::{
@@ -132,17 +131,19 @@ impl TernaryKernel for Avx512Vnni {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, codes, sums));
+    let ahead = w.ahead();
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
         gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
             multiply_unpacked(panel, block, sums);
         });
@@ -151,8 +152,9 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     screen_by_blocks(w, x, estimates, radii, BLOCK / 2, |panel, block, sums| {
-        by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, block, sums));
+        by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }
 
@@ -162,15 +164,16 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 /// ```
 /// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
 /// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
-/// 3. Weights are prefetched into the second-level cache, across the end of the panel into the next.
+/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
+///    panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm512_set1_epi8(3);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, tile) };
+        let halves = unsafe { load_tile(panel, ahead, tile) };
         // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let step = 4 * tile;
@@ -185,13 +188,13 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
     let mask = _mm512_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, tile) };
+        let halves = unsafe { load_tile(panel, ahead, tile) };
         let [first, second, third, fourth] = unpacked.as_chunks_mut().0 else {
             unreachable!("a tile has four planes");
         };
@@ -211,7 +214,7 @@ fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] 
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn multiply_unpacked(panel: &[u8], block: &[i8], sums: &mut [PanelSums]) {
-    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, block, sums));
+    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, 0, block, sums));
 }
 
 /// ```text
@@ -220,12 +223,12 @@ pub(super) fn multiply_unpacked(panel: &[u8], block: &[i8], sums: &mut [PanelSum
 /// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
 /// weights were unpacked just before.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     for step in 0..num_steps {
         // SAFETY: the step's 128 bytes lie inside the panel.
-        let weights = unsafe { if SCREEN { load_tile(panel, step) } else { load(panel, step) } };
+        let weights = unsafe { if SCREEN { load_tile(panel, ahead, step) } else { load(panel, step) } };
         for (token, sums) in sums.iter_mut().enumerate() {
             // SAFETY: 4 codes a step and token, checked by `num_tiles`.
             let x = unsafe { broadcast(block, step * N + token) };
@@ -263,16 +266,18 @@ pub(super) unsafe fn multiply_step<const N: usize>(
     }
 }
 
-/// [`load`], and asks for the weights to come.
+/// [`load`], and asks for the weights that come `ahead` bytes later, 0 for none.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) unsafe fn load_tile(panel: &[u8], tile: usize) -> [__m512i; 2] {
-    let ahead = panel.as_ptr().wrapping_add(tile * TILE_BYTES + PREFETCH_BYTES).cast::<i8>();
-    _mm_prefetch::<_MM_HINT_T1>(ahead);
-    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(64));
+pub(super) unsafe fn load_tile(panel: &[u8], ahead: usize, tile: usize) -> [__m512i; 2] {
+    if ahead > 0 {
+        let line = panel.as_ptr().wrapping_add(tile * TILE_BYTES + ahead).cast::<i8>();
+        _mm_prefetch::<_MM_HINT_T1>(line);
+        _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(64));
+    }
     // SAFETY: the caller's promise.
     unsafe { load(panel, tile) }
 }

@@ -8,7 +8,7 @@ use std::arch::x86_64::{
     _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::{PREFETCH_BYTES, PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
+use super::{PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
@@ -89,40 +89,43 @@ impl TernaryKernel for AvxVnni {
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemv(panel, codes, &mut sums[0]));
+    let ahead = w.ahead();
+    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemv(panel, ahead, codes, &mut sums[0]));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
         gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N, false>(panel, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N, false>(panel, 0, block, sums));
         });
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    let ahead = w.ahead();
     screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
-        by_tokens!(sums.len(), [2 4 6], unpacked_gemm::<N, true>(panel, block, sums));
+        by_tokens!(sums.len(), [2 4 6], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }
 
 /// Planes masked in place, each with sums of its own that are shifted once, at the end.
 #[target_feature(enable = "avx2,avxvnni")]
-fn panel_gemv(panel: &[u8], codes: &[i8], out: &mut PanelSums) {
+fn panel_gemv(panel: &[u8], ahead: usize, codes: &[i8], out: &mut PanelSums) {
     let num_tiles = num_tiles(panel, codes, 4, 1);
     let masks = [0x03, 0x0c, 0x30, 0xc0_u8].map(|mask| _mm256_set1_epi8(mask.cast_signed()));
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 4]; 2];
         for tile in 0..num_tiles {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
-            let quarters = unsafe { load_half_tile(panel, tile, half) };
+            let quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
             for plane in 0..4 {
                 // SAFETY: 16 codes a tile, checked by `num_tiles`.
                 let x = unsafe { broadcast(codes, 4 * tile + plane) };
@@ -142,14 +145,14 @@ fn panel_gemv(panel: &[u8], codes: &[i8], out: &mut PanelSums) {
 
 /// Planes shifted down, so that they can share sums: two sets where registers allow, or sums would wait for each other.
 #[target_feature(enable = "avx2,avxvnni")]
-fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm256_set1_epi8(3);
     for half in 0..2 {
         let mut sums = [[[_mm256_setzero_si256(); 2]; N]; 2];
         for tile in 0..num_tiles {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
-            let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+            let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
             for plane in 0..4 {
                 let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
@@ -171,14 +174,14 @@ fn panel_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums])
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx2,avxvnni")]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
     let mask = _mm256_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         for half in 0..2 {
             // SAFETY: the half tile's 64 bytes lie inside the panel.
-            let mut quarters = unsafe { load_half_tile(panel, tile, half) };
+            let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
             for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
                 store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), half, step);
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
@@ -193,14 +196,14 @@ fn unpack(panel: &[u8], unpacked: &mut [u8]) {
 /// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
 /// weights were unpacked just before.
 #[target_feature(enable = "avx2,avxvnni")]
-fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for step in 0..num_steps {
             // SAFETY: the step's 128 bytes lie inside the panel.
             let weights =
-                unsafe { if SCREEN { load_half_tile(panel, step, half) } else { load_half(panel, step, half) } };
+                unsafe { if SCREEN { load_half_tile(panel, ahead, step, half) } else { load_half(panel, step, half) } };
             for (token, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: 4 codes a step and token, checked by `num_tiles`.
                 let x = unsafe { broadcast(block, step * N + token) };
@@ -216,15 +219,17 @@ fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], block: &[i8],
     }
 }
 
-/// [`load_half`], and asks for the weights to come.
+/// [`load_half`], and asks for the weights that come `ahead` bytes later, 0 for none.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx2,avxvnni")]
 #[inline]
-unsafe fn load_half_tile(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
-    let ahead = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + PREFETCH_BYTES);
-    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+unsafe fn load_half_tile(panel: &[u8], ahead: usize, tile: usize, half: usize) -> [__m256i; 2] {
+    if ahead > 0 {
+        let line = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + ahead);
+        _mm_prefetch::<_MM_HINT_T1>(line.cast());
+    }
     // SAFETY: the caller's promise.
     unsafe { load_half(panel, tile, half) }
 }

@@ -42,9 +42,6 @@ macro_rules! by_tokens {
 }
 use by_tokens;
 
-/// How far ahead weights are asked for. The hardware's own prefetcher alone leaves a third of the bandwidth unused.
-const PREFETCH_BYTES: usize = 8192;
-
 /// Columns that are unpacked, or looked at by all tokens, at once: whole tiles in every layout, and with 32 rows of one byte
 /// a weight, 20 KB, they stay in the first-level cache together with the activations of a block.
 const SLICE_COLS: usize = 640;

@@ -1,0 +1,47 @@
+//! Who fetches weights ahead of the multiplications that need them.
+
+use super::{Isa, TernaryKernel, packing::PackedLayout};
+
+/// Which is faster is a property of the machine, to be measured: on an Emerald Rapids core the hardware alone leaves a third
+/// of the bandwidth unused, on a Zen 4 core asking for every line leaves as much, now and then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefetch {
+    /// The hardware, by itself.
+    Hardware,
+    /// The kernel asks for what it will read 8 KiB later.
+    #[default]
+    Software,
+}
+
+impl Prefetch {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Software, Self::Hardware];
+
+    /// How far ahead to ask, 0 for not at all.
+    pub(super) const fn bytes(self) -> usize {
+        match self {
+            Self::Hardware => 0,
+            Self::Software => 8192,
+        }
+    }
+}
+
+/// How a model's weights lie and are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streaming {
+    /// How they lie.
+    pub layout: PackedLayout,
+    /// Who fetches them.
+    pub prefetch: Prefetch,
+}
+
+impl Streaming {
+    /// What can be chosen from, the default first: all of `kernel`'s layouts unless it is `layout`.
+    pub(super) fn choices(kernel: &dyn TernaryKernel, layout: Option<PackedLayout>) -> Vec<Self> {
+        let layouts = layout.map_or_else(|| kernel.layouts().to_vec(), |layout| vec![layout]);
+        // The baseline asks for nothing.
+        let prefetches = if kernel.isa() == Isa::BASELINE { &[Prefetch::Hardware][..] } else { &Prefetch::ALL };
+        let with = |layout| prefetches.iter().map(move |&prefetch| Self { layout, prefetch });
+        layouts.into_iter().flat_map(with).collect()
+    }
+}
