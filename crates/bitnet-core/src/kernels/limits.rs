@@ -84,7 +84,7 @@ impl Ruler {
             best_of(1, || {
                 pool.run(&|worker| {
                     let bytes = &self.memory[worker.share(READ_BYTES, BLOCK_BYTES)];
-                    std::hint::black_box(isa.run(Sum { bytes, ahead: prefetch.bytes() }));
+                    std::hint::black_box(isa.run(Sum { bytes, ahead: prefetch.bytes(1) }));
                 });
             })
         };

@@ -246,9 +246,9 @@ impl<'a> PackedRows<'a> {
         self.layout
     }
 
-    /// How far ahead to ask for codes, in bytes; 0 for not at all.
-    pub(super) fn ahead(&self) -> usize {
-        self.prefetch.bytes()
+    /// How far ahead a product of `num_tokens` asks for codes, in bytes; 0 for not at all.
+    pub(super) fn ahead(&self, num_tokens: usize) -> usize {
+        self.prefetch.bytes(num_tokens)
     }
 
     /// The packed bytes of each panel of 32 rows, in order: [`PackedLayout::panel_bytes`] of them, aligned to 64.

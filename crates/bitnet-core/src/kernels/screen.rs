@@ -156,9 +156,9 @@ impl<'a> ScreenRows<'a> {
         self.cols
     }
 
-    /// How far ahead to ask for codes, in bytes; 0 for not at all.
-    pub(super) fn ahead(&self) -> usize {
-        self.prefetch.bytes()
+    /// How far ahead a product of `num_tokens` asks for codes, in bytes; 0 for not at all.
+    pub(super) fn ahead(&self, num_tokens: usize) -> usize {
+        self.prefetch.bytes(num_tokens)
     }
 
     /// The codes of each panel and what is known of its rows.

@@ -94,13 +94,13 @@ impl TernaryKernel for Avx2 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead();
+    let ahead = w.ahead(1);
     gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, ahead, block, sums));
@@ -115,7 +115,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
         by_tokens!(sums.len(), [2 4], screen_gemm::<N>(panel, ahead, block, sums));
     });

@@ -131,13 +131,13 @@ impl TernaryKernel for Avx512Vnni {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead();
+    let ahead = w.ahead(1);
     gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
@@ -152,7 +152,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     screen_by_blocks(w, x, estimates, radii, BLOCK / 2, |panel, block, sums| {
         by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });

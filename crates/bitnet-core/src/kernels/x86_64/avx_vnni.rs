@@ -89,13 +89,13 @@ impl TernaryKernel for AvxVnni {
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(1);
     gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemv(panel, ahead, codes, &mut sums[0]));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums));
@@ -110,7 +110,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead();
+    let ahead = w.ahead(x.num_tokens());
     screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
         by_tokens!(sums.len(), [2 4 6], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
