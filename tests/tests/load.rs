@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bitnet_tests::{
     golden,
-    load::{cached, cancel, client::Outcome, fairness, gap, overload, soak, streams},
+    load::{cached, cancel, client::Outcome, fairness, gap, overload, soak, speculation, streams},
     server::{Server, scratch},
 };
 
@@ -90,6 +90,16 @@ async fn twenty_times_the_requests_get_no_more() {
     let report = fairness::run(&server, plan).await;
     let [heavy, light] = report.served.map(|tokens| tokens as f64);
     assert!(light / (heavy + light) > 0.4, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_output_follows_its_prediction_but_for_one_word() {
+    let settings = |speculation| ["--response-cache-mb", "0", "--speculation", speculation];
+    let (off, auto) = (serve(&settings("off")), serve(&settings("auto")));
+    let plan = speculation::Plan { pairs: 4, prompt_len: 40, num_tokens: 200 };
+    let report = speculation::run(&off, &auto, plan).await;
+    println!("{report}");
+    assert!(report.foreseen.quantile(0.5) > 0.5, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
