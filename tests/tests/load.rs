@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bitnet_tests::{
     golden,
-    load::{cached, cancel, client::Outcome, fairness, gap, overload, soak, streams},
+    load::{cached, cancel, client::Outcome, fairness, gap, overload, soak, speculation, streams},
     server::{Server, scratch},
 };
 
@@ -19,7 +19,8 @@ const PLAN: overload::Plan = overload::Plan {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cancelled_requests_leave_nothing_behind() {
-    let server = serve(&["--max-queue", "1000"]);
+    // All pages of a small cache are touched before memory is first looked at, on however busy a machine.
+    let server = serve(&["--max-queue", "1000", "--kv-cache-mb", "8"]);
     let plan = cancel::Plan { requests: 2000, concurrency: 48, longest: Duration::from_millis(120), prompt_len: 1500 };
     let report = cancel::run(&server, plan).await;
     println!("{report}");
@@ -90,6 +91,17 @@ async fn twenty_times_the_requests_get_no_more() {
     let report = fairness::run(&server, plan).await;
     let [heavy, light] = report.served.map(|tokens| tokens as f64);
     assert!(light / (heavy + light) > 0.4, "{report}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_output_follows_a_prediction_made_of_itself() {
+    let settings = |speculation| ["--response-cache-mb", "0", "--speculation", speculation];
+    let (off, auto) = (serve(&settings("off")), serve(&settings("auto")));
+    let plan = speculation::Plan { pairs: 4, prompt_len: 40, num_tokens: 200 };
+    let report = speculation::run(&off, &auto, plan).await;
+    println!("{report}");
+    // The text of random tokens is read back as other tokens here and there.
+    assert!(report.foreseen.quantile(0.5) > 0.0, "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@
 use std::{process::Command, sync::Arc, time::Duration};
 
 use bitnet_tests::{
-    load::{cached, cancel, fairness, figures::Sorted, gap, overload, soak, streams},
+    load::{cached, cancel, fairness, figures::Sorted, gap, overload, soak, speculation, streams},
     server::{Server, binary, scratch},
 };
 use clap::{Parser, ValueEnum};
@@ -47,6 +47,8 @@ enum Program {
     Gap,
     /// Two clients, 20:1
     Fairness,
+    /// What guesses gain and cost, alternating
+    Speculation,
     /// Random cancellations
     Cancel,
     /// Five times the load it can take
@@ -69,6 +71,12 @@ async fn main() {
         }
         Program::Gap => println!("{}", gap::run(&plain(&arguments, &[]), 4, 400, 2000).await),
         Program::Fairness => fairness(&arguments).await,
+        Program::Speculation => {
+            let [off, auto] = ["off", "auto"]
+                .map(|setting| serve(&arguments, &["--response-cache-mb", "0", "--speculation", setting]));
+            let plan = speculation::Plan { pairs: 7, prompt_len: arguments.prompt_len, num_tokens: arguments.tokens };
+            println!("{}", speculation::run(&off, &auto, plan).await);
+        }
         Program::Cancel => {
             let longest = Duration::from_millis(arguments.longest_ms);
             let plan = cancel::Plan { requests: arguments.requests, concurrency: 48, longest, prompt_len: 600 };

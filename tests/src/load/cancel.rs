@@ -43,6 +43,8 @@ pub struct Report {
     pub connections: f64,
     /// Seconds until all of these were 0, `None` when they never were.
     pub settled: Option<f64>,
+    /// Seconds within which 99 % of those who left had their blocks freed: the upper end of a bucket.
+    pub freed_within: f64,
     /// Requests that were really cancelled rather than answered before.
     pub cancelled: u64,
     /// Requests that were neither: refused, or broken off by the server.
@@ -79,6 +81,7 @@ pub async fn run(server: &Server, plan: Plan) -> Report {
         waiting: gauge("bitnet_requests_waiting{").await,
         connections: gauge("bitnet_http_connections_open").await,
         settled,
+        freed_within: freed_within(server, 0.99).await,
         cancelled: ends.iter().filter(|end| **end == End::Cancelled).count() as u64,
         failed: ends.into_iter().filter_map(|end| if let End::Failed(why) = end { Some(why) } else { None }).collect(),
         before,
@@ -152,6 +155,19 @@ async fn settle(server: &Server) -> Option<f64> {
     None
 }
 
+/// The upper end of the bucket that holds quantile `q` of the time from a reader's leaving to its blocks being free.
+async fn freed_within(server: &Server, q: f64) -> f64 {
+    let text = server.get("/metrics").await.body;
+    let bucket = |line: &str| -> Option<(f64, f64)> {
+        let (end, rest) =
+            line.strip_prefix("bitnet_cancel_duration_seconds_bucket")?.split_once("le=\"")?.1.split_once('"')?;
+        Some((end.parse().ok()?, rest.split_whitespace().next_back()?.parse().ok()?))
+    };
+    let buckets: Vec<(f64, f64)> = text.lines().filter_map(bucket).collect();
+    let all = buckets.last().map_or(0.0, |(_, count)| *count);
+    buckets.iter().find(|(_, count)| *count >= q * all).map_or(f64::NAN, |(end, _)| *end)
+}
+
 impl Report {
     /// Growth of memory from the first fifth of the requests to the last one.
     pub fn growth(&self) -> f64 {
@@ -168,6 +184,7 @@ impl fmt::Display for Report {
             "running {}, waiting {}, blocks used {}, connections {}",
             self.running, self.waiting, self.used_blocks, self.connections
         )?;
+        writeln!(f, "99 % freed within {:.0} ms", self.freed_within * 1e3)?;
         writeln!(f, "descriptors, threads: {:?} before, {:?} after", self.before, self.after)?;
         let (early, late) = self.memory;
         write!(f, "anonymous memory: {early} -> {late} bytes ({:+.2} %)", 100.0 * self.growth())

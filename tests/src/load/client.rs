@@ -27,6 +27,8 @@ pub struct Exchange {
     pub cached_tokens: u64,
     /// Generated tokens, as its usage says.
     pub completion_tokens: u64,
+    /// Those of them that its prediction foresaw, as its usage says.
+    pub accepted_tokens: u64,
 }
 
 /// The end of a request. There is always exactly one.
@@ -56,6 +58,12 @@ impl Exchange {
     /// Seconds between tokens.
     pub fn gaps(&self) -> impl Iterator<Item = f64> + '_ {
         self.tokens.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64())
+    }
+
+    /// Tokens per second after the first one.
+    pub fn tokens_per_s(&self) -> Option<f64> {
+        let seconds = (*self.tokens.last()? - *self.tokens.first()?).as_secs_f64();
+        (seconds > 0.0).then(|| (self.completion_tokens - 1) as f64 / seconds)
     }
 
     /// Seconds from the first byte sent to the last one received.
@@ -120,6 +128,7 @@ async fn exchange(request: RequestBuilder, body: &Value) -> Exchange {
         outcome: Outcome::Broken("hangs".into()),
         cached_tokens: 0,
         completion_tokens: 0,
+        accepted_tokens: 0,
     };
     if let Ok(outcome) = tokio::time::timeout(HANGS_AFTER, read(request.json(body), &mut exchange)).await {
         exchange.outcome = outcome;
@@ -169,6 +178,8 @@ fn note(data: &[u8], exchange: &mut Exchange) -> Option<Outcome> {
     }
     if let Some(usage) = chunk.get("usage").filter(|usage| usage.is_object()) {
         exchange.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+        let details = &usage["completion_tokens_details"];
+        exchange.accepted_tokens = details["accepted_prediction_tokens"].as_u64().unwrap_or(0);
         exchange.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     }
     let has_tokens = |choice: &Value| choice["token_ids"].as_array().is_some_and(|tokens| !tokens.is_empty());

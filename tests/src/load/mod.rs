@@ -12,4 +12,5 @@ pub mod gap;
 pub mod overload;
 pub mod process;
 pub mod soak;
+pub mod speculation;
 pub mod streams;

@@ -67,15 +67,10 @@ pub async fn run(server: &Server, plan: Plan) -> Report {
             exchanges.extend(answers);
         }
     }
-    let stream_speed = |exchange: &Exchange| {
-        let first = exchange.tokens.first()?;
-        let seconds = (*exchange.tokens.last()? - *first).as_secs_f64();
-        (seconds > 0.0).then(|| (exchange.completion_tokens - 1) as f64 / seconds)
-    };
     Report {
         plan,
         tokens_per_s: speeds.into_iter().collect::<Sorted>().quantile(0.5),
-        stream_tokens_per_s: exchanges.iter().filter_map(stream_speed).collect::<Sorted>().quantile(0.5),
+        stream_tokens_per_s: exchanges.iter().filter_map(Exchange::tokens_per_s).collect::<Sorted>().quantile(0.5),
         ttft: ttfts(&exchanges),
         itl: gaps(&exchanges),
         exchanges,

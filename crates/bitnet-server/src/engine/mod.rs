@@ -6,6 +6,7 @@
 //! The policy is in [`scheduler`], the arithmetic behind [`executor::Executor`]; each can be read and changed alone.
 
 pub mod block_pool;
+pub mod budget;
 mod constraint;
 pub mod executor;
 pub mod fairness;

@@ -1,20 +1,14 @@
 //! How fast the engine is, as measured, and what that means for somebody who has to wait. Takes time as an argument.
 
+use super::budget::{LEAST_PROMPT_TOKENS, StepRows};
+
 /// Running averages of speed and of the size of requests.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
     tokens_per_second: Option<f64>,
-    prompt_tokens_per_second: Option<f64>,
+    /// Of steps with prompts.
+    prompt_rows_per_second: Option<f64>,
     tokens_per_sequence: Option<f64>,
-}
-
-/// Most tokens of prompts in one step, so that it stays short.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PromptTokens {
-    /// Beside sequences that generate.
-    pub beside_others: usize,
-    /// When there are none.
-    pub alone: usize,
 }
 
 impl Pace {
@@ -22,7 +16,7 @@ impl Pace {
     pub(super) fn step(&mut self, num_tokens: usize, prompt_tokens: usize, seconds: f64) {
         // A few rows say more about the step than about their own cost.
         if prompt_tokens >= LEAST_PROMPT_TOKENS {
-            average(&mut self.prompt_tokens_per_second, prompt_tokens as f64 / seconds.max(1e-6));
+            average(&mut self.prompt_rows_per_second, num_tokens as f64 / seconds.max(1e-6));
         }
         average(&mut self.tokens_per_second, num_tokens as f64 / seconds.max(1e-6));
     }
@@ -32,17 +26,16 @@ impl Pace {
         average(&mut self.tokens_per_sequence, num_tokens as f64);
     }
 
-    /// Tokens of prompts that a step has time for.
-    pub(super) fn prompt_tokens(&self) -> PromptTokens {
-        PromptTokens {
-            beside_others: self.prompt_tokens_within(SECONDS_BESIDE_OTHERS),
-            alone: self.prompt_tokens_within(SECONDS_ALONE),
+    /// Rows for which a step with prompts has time.
+    pub(super) fn step_rows(&self) -> StepRows {
+        StepRows {
+            beside_others: self.rows_within(SECONDS_BESIDE_OTHERS),
+            alone: self.rows_within(SECONDS_ALONE).max(LEAST_ROWS_ALONE),
         }
     }
 
-    fn prompt_tokens_within(&self, seconds: f64) -> usize {
-        let tokens = self.prompt_tokens_per_second.map_or(PROMPT_TOKENS_UNMEASURED, |speed| (speed * seconds) as usize);
-        tokens.max(LEAST_PROMPT_TOKENS)
+    fn rows_within(&self, seconds: f64) -> usize {
+        self.prompt_rows_per_second.map_or(ROWS_UNMEASURED, |speed| (speed * seconds) as usize)
     }
 
     /// Seconds until a place in the queue is likely to be free: until one of the running sequences ends and the next one
@@ -55,14 +48,16 @@ impl Pace {
     }
 }
 
-/// What a step with prompts may take beside generating sequences, with a fifth of the 250 ms bound left for those.
-const SECONDS_BESIDE_OTHERS: f64 = 0.2;
-/// What a step of prompts alone may take, on however slow a machine: so a step that takes a multiple of it is a stall.
-const SECONDS_ALONE: f64 = 2.0;
-/// Fewer rows would cost almost as much: the weights are read for each step.
-const LEAST_PROMPT_TOKENS: usize = 16;
+/// What a step with prompts may take beside generating sequences. Their rows fill the step, so short parts cost little, and a
+/// newcomer waits for the step under way.
+const SECONDS_BESIDE_OTHERS: f64 = 0.15;
+/// What a step of prompts alone may take, up to its double: so a cancelled prompt is soon gone, and a step that takes a multiple
+/// of it is a stall.
+const SECONDS_ALONE: f64 = 0.25;
+/// Fewer rows alone would cost more each: the weights are read for each step.
+const LEAST_ROWS_ALONE: usize = 32;
 /// Before the first prompt was measured.
-const PROMPT_TOKENS_UNMEASURED: usize = 64;
+const ROWS_UNMEASURED: usize = 64;
 
 /// The newest value weighs a tenth.
 fn average(mean: &mut Option<f64>, value: f64) {
@@ -76,13 +71,13 @@ mod tests {
     #[test]
     fn prompts_beside_others_get_what_fits_the_time() {
         let mut pace = Pace::default();
-        assert_eq!(pace.prompt_tokens_within(0.2), 64);
+        assert_eq!(pace.rows_within(0.2), 64);
         pace.step(9, 4, 100.0);
-        assert_eq!(pace.prompt_tokens_within(0.2), 64, "a few rows measure nothing");
+        assert_eq!(pace.rows_within(0.2), 64, "a few rows measure nothing");
         pace.step(501, 500, 1.0);
-        assert_eq!(pace.prompt_tokens_within(0.2), 100);
-        (0..100).for_each(|_| pace.step(100, 20, 1.0));
-        assert_eq!(pace.prompt_tokens_within(0.2), 16, "a step has some use");
+        assert_eq!(pace.rows_within(0.2), 100, "all rows count");
+        (0..100).for_each(|_| pace.step(20, 20, 1.0));
+        assert_eq!(pace.step_rows().alone, 32, "a step has some use");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Who computes how many tokens in the next step. Pure decisions: no channels, model, clock, metrics, text or async.
+//! Who runs, and who computes how many tokens in the next step. Pure decisions: no channels, model, clock, metrics, text or async.
 //!
 //! There is no prefill phase and no decode phase, only `num_computed_tokens` catching up with the tokens of each sequence:
 //!
@@ -9,16 +9,15 @@
 //!    (its own order is priority, then arrival). Each takes over the blocks that hold its beginning already; choices of
 //!    one request wait until the first has computed their prompt. A client with nothing running may take one place more than
 //!    there are, so that it never waits for another's long answers; a health probe needs no place.
-//! 3. The budget goes to those that need one token, then to prompts, the least served client's first. Prompts get no more than
-//!    the caller allows, so that a step stays short, the more so beside sequences that generate. What is left verifies guesses, which
-//!    never take a block from anybody.
+//! 3. The rows of the step are shared out by [`StepBudget`]. What is left of them verifies guesses, which never take a block
+//!    from anybody.
 
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
 use super::{
     block_pool::BlockPool,
+    budget::{StepBudget, StepRows},
     fairness::ServiceCounters,
-    pace::PromptTokens,
     prefix_cache::PrefixCache,
     sequence::{Sequence, SequenceId},
 };
@@ -43,6 +42,7 @@ pub struct SchedulerLimits {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: SchedulerLimits,
+    budget: StepBudget,
     blocks: BlockPool,
     prefixes: PrefixCache,
     counters: ServiceCounters,
@@ -75,8 +75,17 @@ impl Scheduler {
     pub fn new(limits: SchedulerLimits) -> Self {
         let blocks = BlockPool::new(limits.num_blocks);
         let prefixes = PrefixCache::new(limits.prefix_sharing);
-        let counters = ServiceCounters::default();
-        Self { limits, blocks, prefixes, counters, waiting: Vec::new(), running: Vec::new(), num_preemptions: 0 }
+        let budget = StepBudget::new(limits.max_num_batched_tokens);
+        Self {
+            limits,
+            budget,
+            blocks,
+            prefixes,
+            counters: ServiceCounters::default(),
+            waiting: Vec::new(),
+            running: Vec::new(),
+            num_preemptions: 0,
+        }
     }
 
     /// Whether more sequences should be taken over from the submission channel.
@@ -105,7 +114,7 @@ impl Scheduler {
     }
 
     /// Decides the next step.
-    pub fn schedule(&mut self, prompt_tokens: PromptTokens) -> ScheduledBatch<'_> {
+    pub fn schedule(&mut self, step_rows: StepRows) -> ScheduledBatch<'_> {
         let preemptions_before = self.num_preemptions;
         let mut covered = 0;
         while covered < self.running.len() && self.cover_with_blocks(covered) {
@@ -115,7 +124,7 @@ impl Scheduler {
         if self.num_preemptions == preemptions_before {
             while self.admit_next() {}
         }
-        let (num_tokens, budget) = self.shared_budget(prompt_tokens);
+        let (num_tokens, budget) = self.budget.share(&self.running, &self.counters, step_rows);
         let num_drafted = self.cover_drafts(budget);
         let shares = self.running.iter().zip(num_tokens).zip(num_drafted);
         let share = |((sequence, num_tokens), num_drafted)| Share { sequence, num_tokens, num_drafted };
@@ -236,29 +245,6 @@ impl Scheduler {
         };
         let candidates = self.waiting.iter().enumerate().filter(|(_, sequence)| may_start(sequence));
         candidates.min_by_key(|(_, sequence)| turn(sequence)).map(|(index, _)| index)
-    }
-
-    /// What each running sequence computes in this step, and what is left of the budget.
-    fn shared_budget(&self, prompt_tokens: PromptTokens) -> (Vec<usize>, usize) {
-        let mut budget = self.limits.max_num_batched_tokens;
-        let mut order: Vec<usize> = (0..self.running.len()).collect();
-        let is_prompt = |sequence: &Sequence| sequence.num_tokens_to_compute() > 1;
-        order.sort_by_key(|&index| {
-            let sequence = &self.running[index];
-            (!sequence.is_probe, is_prompt(sequence), self.counters.served(sequence.request.client))
-        });
-        let mut num_tokens = vec![0; self.running.len()];
-        let alone = self.running.iter().all(is_prompt);
-        let most_of_prompts = if alone { prompt_tokens.alone } else { prompt_tokens.beside_others };
-        for index in order {
-            let sequence = &self.running[index];
-            if is_prompt(sequence) {
-                budget = budget.min(most_of_prompts);
-            }
-            num_tokens[index] = sequence.num_tokens_to_compute().min(budget);
-            budget -= num_tokens[index];
-        }
-        (num_tokens, budget)
     }
 
     /// How many guesses of each running sequence are verified in this step: as many as `budget` has rows and free blocks

@@ -220,7 +220,7 @@ impl<E: Executor> EngineLoop<E> {
 
     fn step(&mut self, now: &dyn Fn() -> Instant) {
         self.propose_drafts();
-        let batch = self.scheduler.schedule(self.pace.prompt_tokens());
+        let batch = self.scheduler.schedule(self.pace.step_rows());
         if batch.shares.is_empty() {
             return;
         }

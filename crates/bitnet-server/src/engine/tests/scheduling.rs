@@ -7,7 +7,7 @@ use bitnet_core::TokenId;
 use super::{
     super::{
         GenerationRequest,
-        pace::PromptTokens,
+        budget::StepRows,
         scheduler::{Scheduler, SchedulerLimits},
         sequence::{Sequence, SequenceId},
         testing::request,
@@ -16,10 +16,10 @@ use super::{
 };
 use crate::config::{ClientId, PrefixSharing};
 
-const ANY: PromptTokens = PromptTokens { beside_others: usize::MAX, alone: usize::MAX };
+const ANY: StepRows = StepRows { beside_others: usize::MAX, alone: usize::MAX };
 
-fn beside(prompt_tokens: usize) -> PromptTokens {
-    PromptTokens { beside_others: prompt_tokens, ..ANY }
+fn beside(rows: usize) -> StepRows {
+    StepRows { beside_others: rows, ..ANY }
 }
 
 /// Steps of a bare scheduler: `keep` says before each step what is submitted; tokens given to each of two clients come back.
@@ -109,26 +109,51 @@ fn priority_orders_the_own_requests_only() {
     scheduler.add(sequence(4, client(1), 9, 4, 4));
     scheduler.advance(SequenceId(2), 4, &[TokenId(1)]);
     scheduler.remove(SequenceId(2));
-    let ids: Vec<_> = scheduler.schedule(beside(64)).shares.iter().map(|share| share.sequence.id).collect();
+    scheduler.schedule(beside(64));
+    let ids: Vec<_> = scheduler.running().iter().map(|sequence| sequence.id).collect();
     assert_eq!(ids, [SequenceId(4), SequenceId(3)], "a priority says nothing to others");
+}
+
+/// Tokens that each running sequence gets in the next step, in the order in which they started.
+fn next_step(scheduler: &mut Scheduler, step_rows: StepRows) -> Vec<(u64, usize)> {
+    let shares = scheduler.schedule(step_rows).shares;
+    shares.iter().map(|share| (share.sequence.id.0, share.num_tokens)).collect()
 }
 
 #[test]
 fn prompts_beside_generating_sequences_are_cut_and_a_probe_waits_for_nobody() {
     let mut scheduler = Scheduler::new(SchedulerLimits { num_blocks: 5, ..limits(1) });
     scheduler.add(sequence(1, client(0), 0, 10, 30));
-    assert_eq!(
-        scheduler.schedule(PromptTokens { alone: 4, ..beside(3) }).shares[0].num_tokens,
-        4,
-        "a step stays short"
-    );
-    assert_eq!(scheduler.schedule(beside(3)).shares[0].num_tokens, 10, "alone, a prompt takes what it needs");
+    assert_eq!(next_step(&mut scheduler, StepRows { alone: 4, ..beside(3) }), [(1, 5)], "two equal parts");
+    assert_eq!(next_step(&mut scheduler, StepRows { alone: 6, ..beside(3) }), [(1, 10)], "less than twice the most");
     scheduler.advance(SequenceId(1), 10, &[TokenId(1)]);
     scheduler.add(sequence(2, client(1), 0, 30, 30));
-    let shares: Vec<_> = scheduler.schedule(beside(3)).shares.iter().map(|share| share.num_tokens).collect();
-    assert_eq!(shares, [1, 3]);
+    assert_eq!(next_step(&mut scheduler, beside(21)), [(1, 1), (2, 20)]);
+    assert_eq!(next_step(&mut scheduler, beside(3)), [(1, 1), (2, 16)], "a step has some use");
     scheduler.add(Sequence { is_probe: true, ..sequence(3, client(2), 0, 1, 1) });
     scheduler.add(Sequence { is_probe: true, ..sequence(4, client(2), 0, 20, 1) });
-    let ids: Vec<_> = scheduler.schedule(beside(3)).shares.iter().map(|share| share.sequence.id).collect();
-    assert_eq!(ids[..2], [SequenceId(4), SequenceId(3)], "without places or blocks");
+    let ids: Vec<_> = next_step(&mut scheduler, beside(3)).into_iter().map(|(id, _)| id).collect();
+    assert_eq!(ids[..2], [4, 3], "without places or blocks");
+}
+
+#[test]
+fn others_wait_one_step_for_the_prompt_of_a_client_far_behind() {
+    let mut scheduler = Scheduler::new(SchedulerLimits { max_num_batched_tokens: 2000, ..limits(4) });
+    let rows = StepRows { beside_others: 20, alone: 30 };
+    scheduler.add(sequence(1, client(0), 0, 1500, 30));
+    scheduler.schedule(ANY);
+    scheduler.advance(SequenceId(1), 1500, &[TokenId(1)]);
+    scheduler.add(sequence(2, client(0), 0, 40, 30));
+    assert_eq!(next_step(&mut scheduler, rows), [(1, 1), (2, 19)], "its own prompts are no others'");
+    scheduler.add(sequence(3, client(1), 0, 100, 30));
+    assert_eq!(next_step(&mut scheduler, rows), [(3, 34)], "alone");
+    scheduler.advance(SequenceId(3), 34, &[]);
+    assert_eq!(next_step(&mut scheduler, rows), [(1, 1), (3, 19)], "then beside the others, before their prompts");
+    scheduler.advance(SequenceId(3), 19, &[]);
+    assert_eq!(next_step(&mut scheduler, rows), [(3, 47)]);
+    scheduler.advance(SequenceId(3), 47, &[TokenId(1)]);
+    assert_eq!(next_step(&mut scheduler, rows), [(1, 1), (2, 18), (3, 1)]);
+    scheduler.add(sequence(4, client(1), 0, 600, 30));
+    let shares = next_step(&mut scheduler, StepRows { alone: 1000, ..rows });
+    assert_eq!(shares, [(1, 1), (3, 1), (4, 18)], "it would be ahead of the others with it");
 }
