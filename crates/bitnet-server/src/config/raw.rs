@@ -122,7 +122,9 @@ pub struct RawConfig {
           default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub shared_prefix_cache: Option<bool>,
     /// Guess tokens that stood in the text before, or in `prediction`, and verify them together where that is faster; the
-    /// answers are the same [default: auto]
+    /// Guess tokens that stood in the text before, in `prediction`, or that an output's form asks for, and verify them together
+    /// where that is faster; tokens that the form forces are computed together. Off computes one token a step. The answers are
+    /// the same [default: auto]
     #[arg(long, env = "BITNET_SPECULATION", value_name = "auto|off")]
     pub speculation: Option<String>,
     /// Choices (n) that one request may ask for [default: 8]

@@ -123,7 +123,7 @@ pub enum PrefixSharing {
 /// When tokens are guessed and verified together. Answers are the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speculation {
-    /// Never.
+    /// Never, forced ones neither: one token a step.
     Off,
     /// Where it pays, as measured.
     #[default]

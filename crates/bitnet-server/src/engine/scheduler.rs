@@ -16,6 +16,7 @@
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
 use super::{
+    Draft,
     block_pool::BlockPool,
     fairness::ServiceCounters,
     pace::PromptTokens,
@@ -66,7 +67,7 @@ pub struct Share<'a> {
     pub sequence: &'a Sequence,
     /// Tokens to compute from `sequence.num_computed_tokens` on, at least one.
     pub num_tokens: usize,
-    /// Leading tokens of `sequence.draft` to compute after them; none unless `num_tokens` is one, the last known.
+    /// Leading tokens of the sequence's draft to compute after them; none unless `num_tokens` is one, the last known.
     pub num_drafted: usize,
 }
 
@@ -123,7 +124,7 @@ impl Scheduler {
     }
 
     /// Notes what each running sequence may say next, for the next step to verify where there is room.
-    pub fn draft(&mut self, mut propose: impl FnMut(&Sequence) -> Vec<TokenId>) {
+    pub fn draft(&mut self, mut propose: impl FnMut(&Sequence) -> Draft) {
         for sequence in &mut self.running {
             sequence.draft = propose(sequence);
         }
@@ -139,7 +140,7 @@ impl Scheduler {
             self.running.iter_mut().find(|sequence| sequence.id == id).expect("only running sequences compute");
         let before = sequence.num_computed_tokens;
         sequence.tokens.extend_from_slice(drawn);
-        sequence.draft.clear();
+        sequence.draft = Draft::default();
         let num_computed = num_tokens + drawn.len().saturating_sub(1);
         sequence.num_computed_tokens += num_computed;
         self.prefixes.publish(&mut self.blocks, sequence, before);
@@ -266,7 +267,8 @@ impl Scheduler {
     fn cover_drafts(&mut self, mut budget: usize) -> Vec<usize> {
         let Self { running, blocks, .. } = self;
         let cover = |sequence: &mut Sequence| {
-            let wanted = if sequence.num_tokens_to_compute() == 1 { sequence.draft.len().min(budget) } else { 0 };
+            let wanted =
+                if sequence.num_tokens_to_compute() == 1 { sequence.draft.tokens.len().min(budget) } else { 0 };
             while sequence.block_table.len() < blocks_of(sequence.tokens.len() + wanted) {
                 let Some(block) = blocks.allocate() else { break };
                 sequence.block_table.push(block);
@@ -282,7 +284,7 @@ impl Scheduler {
     fn release_blocks(&mut self, sequence: &mut Sequence) {
         sequence.block_table.drain(..).rev().for_each(|block| self.blocks.release(block));
         (sequence.num_computed_tokens, sequence.num_stored_tokens) = (0, 0);
-        sequence.draft.clear();
+        sequence.draft = Draft::default();
     }
 }
 

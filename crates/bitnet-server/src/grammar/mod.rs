@@ -18,7 +18,7 @@ use std::{
     thread,
 };
 
-use bitnet_core::{TokenId, Tokenizer, sampling::TokenMask};
+use bitnet_core::{TokenId, Tokenizer, sampling::TokenMask, tokenizer::EncodeOptions};
 use llguidance::{ParserFactory, api::TopLevelGrammar};
 use serde_json::{Value, json};
 
@@ -58,11 +58,26 @@ pub struct GrammarCompiler {
 /// A compiled rule.
 pub struct Grammar {
     start: llguidance::Matcher,
+    tokenizer: Arc<Tokenizer>,
     identity: Vec<u8>,
 }
 
 /// A rule in the middle of one output.
-pub struct Matcher(llguidance::Matcher);
+pub struct Matcher {
+    inner: llguidance::Matcher,
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// What can be said of an output from one of its tokens on.
+#[derive(Debug)]
+pub struct Outlook {
+    /// Tokens that come one after the other because each time no other is allowed; none ends the output.
+    pub forced: Vec<TokenId>,
+    /// After those: the matcher, and the tokens that may come next; or a sentence when the rule went beyond its limits there.
+    pub then: Result<(Matcher, TokenMask), String>,
+    /// After those: how the model would probably write what must come, where there are several ways to write it.
+    pub likely: Vec<TokenId>,
+}
 
 impl Rule {
     /// Any JSON object.
@@ -95,7 +110,7 @@ impl GrammarCompiler {
         }
         // An output that cannot even begin shows now rather than in the engine.
         match start.compute_mask() {
-            Ok(mask) if mask.num_set() > 0 => Ok(Grammar { start, identity }),
+            Ok(mask) if mask.num_set() > 0 => Ok(Grammar { start, tokenizer: Arc::clone(&self.tokenizer), identity }),
             Ok(_) => Err(fault("no output can satisfy it".to_owned())),
             Err(error) => Err(fault(first_line(&error.to_string()))),
         }
@@ -106,7 +121,7 @@ impl Grammar {
     /// At the start of an output. Nothing is shared with other outputs, so that the limits strike at the same place whatever
     /// else runs.
     pub fn start(&self) -> Matcher {
-        Matcher(self.start.deep_clone())
+        Matcher { inner: self.start.deep_clone(), tokenizer: Arc::clone(&self.tokenizer) }
     }
 
     /// Bytes equal for equal rules.
@@ -121,7 +136,7 @@ impl Matcher {
     /// # Errors
     /// A sentence: the rule went beyond its limits.
     pub fn mask(&mut self) -> Result<TokenMask, String> {
-        let mask = self.0.compute_mask_or_eos().map_err(|error| first_line(&error.to_string()))?;
+        let mask = self.inner.compute_mask_or_eos().map_err(|error| first_line(&error.to_string()))?;
         let mask = TokenMask::from_words(mask.as_slice().to_vec());
         if mask.is_empty() { Err("no token can follow".to_owned()) } else { Ok(mask) }
     }
@@ -131,7 +146,33 @@ impl Matcher {
     /// # Errors
     /// A sentence: the token was not allowed, or the rule went beyond its limits.
     pub fn accept(&mut self, token: TokenId) -> Result<(), String> {
-        self.0.consume_token(token.0).map_err(|error| first_line(&error.to_string()))
+        self.inner.consume_token(token.0).map_err(|error| first_line(&error.to_string()))
+    }
+
+    /// Goes on along what is forced, by at most `most` tokens, and says what comes then.
+    pub fn look_ahead(mut self, most: usize, stop_tokens: &[TokenId]) -> Outlook {
+        let mut forced = Vec::new();
+        let mask = loop {
+            let mask = self.mask();
+            let only = mask.as_ref().ok().and_then(TokenMask::single).filter(|id| !stop_tokens.contains(id));
+            let Some(token) = only.filter(|_| forced.len() < most) else { break mask };
+            forced.push(token);
+            if let Err(error) = self.accept(token) {
+                break Err(error);
+            }
+        };
+        let is_narrow = mask.as_ref().is_ok_and(|mask| mask.len() <= MAX_TOKENS_OF_ONE_TEXT);
+        let mut likely = if is_narrow { self.forced_text() } else { Vec::new() };
+        likely.truncate(most - forced.len());
+        Outlook { forced, then: mask.map(|mask| (self, mask)), likely }
+    }
+
+    /// The text that must come, as the tokenizer would write it.
+    fn forced_text(&self) -> Vec<TokenId> {
+        // On a copy: a matcher remembers what it found, and to ask must change nothing.
+        let bytes = self.inner.clone().compute_ff_bytes();
+        let options = EncodeOptions { add_special_tokens: false, parse_special: false };
+        self.tokenizer.encode(&String::from_utf8_lossy(&bytes), options).unwrap_or_default()
     }
 }
 
@@ -188,5 +229,7 @@ impl fmt::Debug for Matcher {
 
 /// Longest expression, grammar and list of choices.
 const MAX_TEXT_BYTES: usize = 64 << 10;
+/// More tokens than this are not the beginnings of one text, of which there are as many as the longest has bytes.
+const MAX_TOKENS_OF_ONE_TEXT: usize = 64;
 /// Reserved, not used: for a chain of two thousand references, each a few frames deep.
 const STACK_BYTES: usize = 256 << 20;
