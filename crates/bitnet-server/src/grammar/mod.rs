@@ -14,12 +14,14 @@ pub use tools::{CALL_END, CALL_START, CallRule, Function};
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
 };
 
 use bitnet_core::{TokenId, Tokenizer, sampling::TokenMask, tokenizer::EncodeOptions};
 use llguidance::{ParserFactory, api::TopLevelGrammar};
+use lru::LruCache;
 use serde_json::{Value, json};
 
 /// What an output must look like.
@@ -53,13 +55,15 @@ pub struct GrammarCompiler {
     stop_tokens: Vec<TokenId>,
     /// Built when the first rule comes: most servers never see one, and it takes a moment.
     factory: OnceLock<Result<ParserFactory, String>>,
+    /// The latest rules: an agent sends the same few with each request.
+    compiled: Mutex<LruCache<Arc<[u8]>, Arc<Grammar>>>,
 }
 
 /// A compiled rule.
 pub struct Grammar {
     start: llguidance::Matcher,
     tokenizer: Arc<Tokenizer>,
-    identity: Vec<u8>,
+    identity: Arc<[u8]>,
 }
 
 /// A rule in the middle of one output.
@@ -89,30 +93,45 @@ impl Rule {
 impl GrammarCompiler {
     /// For outputs of `tokenizer` that end with one of `stop_tokens`.
     pub fn new(tokenizer: Arc<Tokenizer>, stop_tokens: &[TokenId]) -> Self {
-        Self { tokenizer, stop_tokens: stop_tokens.to_vec(), factory: OnceLock::new() }
+        let compiled = Mutex::new(LruCache::new(MAX_COMPILED));
+        Self { tokenizer, stop_tokens: stop_tokens.to_vec(), factory: OnceLock::new(), compiled }
     }
 
-    /// Compiles `rule`, whose place in the request is called `path`. Takes milliseconds; a rule that would take much longer is
-    /// refused by the limits below.
+    /// Compiles `rule`, whose place in the request is called `path`, unless it did so lately. Takes milliseconds; a rule that
+    /// would take much longer is refused by the limits below.
     ///
     /// # Errors
     /// [`GrammarError`].
-    pub fn compile(&self, rule: &Rule, path: &str) -> Result<Grammar, GrammarError> {
+    pub fn compile(&self, rule: &Rule, path: &str) -> Result<Arc<Grammar>, GrammarError> {
+        let source = source(rule, path)?;
         let fault = |message: String| GrammarError { path: path.to_owned(), message };
-        let grammar = source(rule, path)?;
-        let identity = serde_json::to_vec(&grammar).map_err(|error| fault(error.to_string()))?;
+        let identity: Arc<[u8]> = serde_json::to_vec(&source).map_err(|error| fault(error.to_string()))?.into();
+        let compiled = || self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(grammar) = compiled().get(&identity) {
+            return Ok(Arc::clone(grammar));
+        }
+        let start = self.start(source).map_err(fault)?;
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let grammar = Arc::new(Grammar { start, tokenizer, identity: Arc::clone(&identity) });
+        if identity.len() <= MAX_KEPT_BYTES {
+            compiled().put(identity, Arc::clone(&grammar));
+        }
+        Ok(grammar)
+    }
+
+    /// The matcher at the start of an output by `grammar`.
+    fn start(&self, grammar: TopLevelGrammar) -> Result<llguidance::Matcher, String> {
         let factory = self.factory.get_or_init(|| vocabulary::factory(&self.tokenizer, &self.stop_tokens));
-        let factory = factory.as_ref().map_err(|error| fault(error.clone()))?;
-        let matcher = on_deep_stack(|| llguidance::Matcher::new(factory.create_parser(grammar)));
-        let mut start = matcher.map_err(fault)?;
+        let factory = factory.as_ref().map_err(String::clone)?;
+        let mut start = on_deep_stack(|| llguidance::Matcher::new(factory.create_parser(grammar)))?;
         if let Some(error) = start.get_error() {
-            return Err(fault(first_line(&error)));
+            return Err(first_line(&error));
         }
         // An output that cannot even begin shows now rather than in the engine.
         match start.compute_mask() {
-            Ok(mask) if mask.num_set() > 0 => Ok(Grammar { start, tokenizer: Arc::clone(&self.tokenizer), identity }),
-            Ok(_) => Err(fault("no output can satisfy it".to_owned())),
-            Err(error) => Err(fault(first_line(&error.to_string()))),
+            Ok(mask) if mask.num_set() > 0 => Ok(start),
+            Ok(_) => Err("no output can satisfy it".to_owned()),
+            Err(error) => Err(first_line(&error.to_string())),
         }
     }
 }
@@ -227,6 +246,10 @@ impl fmt::Debug for Matcher {
     }
 }
 
+/// Rules kept compiled: more than the agents of a small server use in turn.
+const MAX_COMPILED: NonZeroUsize = NonZeroUsize::new(32).expect("not 0");
+/// A longer rule is not kept, because what it compiles to grows with it.
+const MAX_KEPT_BYTES: usize = 16 << 10;
 /// Longest expression, grammar and list of choices.
 const MAX_TEXT_BYTES: usize = 64 << 10;
 /// More tokens than this are not the beginnings of one text, of which there are as many as the longest has bytes.

@@ -239,3 +239,20 @@ fn looking_ahead_says_what_comes_step_by_step() {
     }
     assert!(num_forced > 100 && num_likely > 20, "{num_forced} forced, {num_likely} likely");
 }
+
+#[test]
+fn a_rule_is_compiled_once_while_it_is_in_use() {
+    let (compiler, _) = compiler();
+    let rule = |number: usize| Rule::Regex(format!("a{{{number}}}"));
+    let first = compiler.compile(&rule(1), "response_format").unwrap();
+    assert!(Arc::ptr_eq(&first, &compiler.compile(&rule(1), "tools[0]").unwrap()), "wherever it comes from");
+    for number in 2..2 + MAX_COMPILED.get() {
+        compiler.compile(&rule(number), "rule").unwrap();
+    }
+    assert!(!Arc::ptr_eq(&first, &compiler.compile(&rule(1), "rule").unwrap()), "the least recently used has left");
+    let long = Rule::Choice(vec!["x".repeat(MAX_KEPT_BYTES)]);
+    let [one, other] = [(); 2].map(|()| compiler.compile(&long, "rule").unwrap());
+    assert!(!Arc::ptr_eq(&one, &other) && one.identity() == other.identity());
+    let wrong = Rule::Regex("(".to_owned());
+    assert!(compiler.compile(&wrong, "rule").is_err() && compiler.compile(&wrong, "rule").is_err());
+}

@@ -62,7 +62,7 @@ impl Service {
             param: param.to_owned(),
             message: format!("Invalid or unsupported output rule at '{}': {}.", error.path, error.message),
         })?;
-        let (grammar, stop_tokens) = (Arc::new(grammar), Arc::clone(&self.stop_tokens));
+        let stop_tokens = Arc::clone(&self.stop_tokens);
         Ok(Some(Arc::new(CompiledRule { grammar, stop_tokens, runtime: Handle::current() })))
     }
 }
