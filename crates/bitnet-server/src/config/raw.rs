@@ -81,6 +81,10 @@ pub struct RawConfig {
     /// Requests a minute for each client [default: no limit]
     #[arg(long, env = "BITNET_RATE_LIMIT_RPM", value_name = "N")]
     pub rate_limit_rpm: Option<u32>,
+    /// Tokens a minute for each client, counted before anything is computed: the prompt and, for each choice, as many tokens
+    /// as the answer may have [default: no limit]
+    #[arg(long, env = "BITNET_RATE_LIMIT_TPM", value_name = "N")]
+    pub rate_limit_tpm: Option<u32>,
     /// Largest request body, in bytes or as 4MiB [default: 4MiB]
     #[arg(long, env = "BITNET_MAX_BODY_BYTES", value_name = "N")]
     #[serde(deserialize_with = "text_or_number")]
@@ -259,6 +263,7 @@ overlay!(
     api_key_file,
     insecure,
     rate_limit_rpm,
+    rate_limit_tpm,
     max_body_bytes,
     data_dir,
     max_file_bytes,

@@ -37,6 +37,7 @@ pub use request::{ChatRequest, MaxTokens, RequestRules, Settings, TextRequest};
 pub use responses::ResponseAnswer;
 
 use std::{
+    num::NonZeroU32,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -47,7 +48,7 @@ use crate::{
     engine::{EngineHandle, GenerationRequest, OutputRule, SequenceStream, SubmitPermit},
     filter::ContentFilter,
     grammar::GrammarCompiler,
-    limits::ClientId,
+    limits::{ClientId, RateLimiter},
     metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
     openai::{ChatCompletionRequest, CompletionRequest, ResponseRequest, Truncation},
     prompt::ChatPrompter,
@@ -72,6 +73,8 @@ pub struct Parts {
     pub engine: EngineHandle,
     /// Tokens that end a generation.
     pub stop_tokens: Vec<TokenId>,
+    /// Tokens a minute for each client; `None`: no limit.
+    pub tokens_per_minute: Option<NonZeroU32>,
     /// Ranges and defaults.
     pub rules: RequestRules,
     /// The content filter, if there are rules.
@@ -94,6 +97,7 @@ pub struct Service {
     engine: EngineHandle,
     stop_tokens: Arc<[TokenId]>,
     grammars: Arc<GrammarCompiler>,
+    token_limiter: RateLimiter,
     rules: RequestRules,
     filter: Option<ContentFilter>,
     cache: Arc<ResponseCache<CachedAnswer>>,
@@ -114,6 +118,8 @@ pub struct Caller {
     pub client: ClientId,
     /// When the request arrived.
     pub arrival: Instant,
+    /// Whether its tokens are counted. Those of batches are not: their lines wait until nobody else does.
+    pub is_limited: bool,
 }
 
 impl Service {
@@ -126,6 +132,7 @@ impl Service {
             prompter: Arc::new(parts.prompter),
             engine: parts.engine,
             stop_tokens: parts.stop_tokens.into(),
+            token_limiter: RateLimiter::new(parts.tokens_per_minute),
             rules: parts.rules,
             filter: parts.filter,
             cache: Arc::new(ResponseCache::new(parts.response_cache_bytes, ANSWERS_KEPT_FOR)),
@@ -183,6 +190,7 @@ impl Service {
         };
         let prompt = self.with_prompter(encode, "messages").await?;
         let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
+        self.charge("messages", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
         Ok((settings, generation))
@@ -207,6 +215,7 @@ impl Service {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
         let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
+        self.charge("prompt", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
         settings.logprobs = shown_logprobs;
@@ -240,10 +249,15 @@ impl Service {
             return Err(ServiceError::invalid(param, format!("'{param}' holds no tokens.")));
         }
         let room = context.saturating_sub(len);
+        // What nobody asked for is no reason to refuse a request: it ends where the caller's minute does.
+        let limit = self.token_limiter.limit().filter(|_| caller.is_limited);
+        let allowed =
+            limit.map_or(room, |limit| (limit as usize).saturating_sub(len) / settings.num_choices.max(1) as usize);
+        let most = room.min(allowed).max(1);
         let max_tokens = match settings.max_tokens {
             Some(max) if max.requested => max.tokens,
-            Some(max) => max.tokens.min(room.max(1)),
-            None => room.max(1),
+            Some(max) => max.tokens.min(most),
+            None => most,
         };
         if max_tokens > room {
             let message = format!(
@@ -274,6 +288,25 @@ impl Service {
             deadline: Some(caller.arrival + self.request_timeout),
             arrival: caller.arrival,
         })
+    }
+
+    /// Counts the tokens of `requests`, whose prompts came in field `param`, as those of the caller: all that may be computed,
+    /// before any of it is.
+    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: Caller) -> Result<(), ServiceError> {
+        if !caller.is_limited {
+            return Ok(());
+        }
+        let tokens = |request: &GenerationRequest| {
+            request.max_tokens.saturating_mul(request.num_choices as usize).saturating_add(request.prompt.len())
+        };
+        let total = requests.iter().map(tokens).fold(0, usize::saturating_add);
+        let taken = self.token_limiter.take(&caller.client, u32::try_from(total).unwrap_or(u32::MAX));
+        taken.map_err(|refused| ServiceError::refused_by_limit(refused, "tokens", Some((param, total))))
+    }
+
+    /// The tokens of each client.
+    pub fn token_limiter(&self) -> &RateLimiter {
+        &self.token_limiter
     }
 
     /// Submits `requests`, reads along where the same ones run, or replays what they got before. `continues`: the text goes on from the prompt's.
