@@ -79,10 +79,10 @@ impl Service {
         priority: i64,
         caller: Caller,
     ) -> Result<GenerationRequest, ServiceError> {
-        let (context, len) = (self.card.max_model_len, prompt.len());
-        if len > context {
+        let context = self.card.max_model_len;
+        if prompt.len() > context {
             let message = format!(
-                "This model's maximum context length is {context} tokens, but input {index} has {len}. Please shorten it."
+                "This model's maximum context length is {context} tokens, but input {index} has more. Please shorten it."
             );
             return Err(ServiceError::ContextLength { param: INPUT, message });
         }

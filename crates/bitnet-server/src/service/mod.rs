@@ -177,13 +177,21 @@ impl Service {
         self.card.generates()?;
         let request = ChatRequest::parse(wire, &self.rules)?;
         let settings = request.settings;
+        let context = self.card.max_model_len;
+        if request.messages.len() > context && truncation == Truncation::Disabled {
+            let message = format!(
+                "More messages than this model's context of {context} tokens has room for. Please shorten them."
+            );
+            return Err(ServiceError::ContextLength { param: "messages", message });
+        }
         let places = self.reserve(1)?;
         let constraint = self.constraint(settings.rule.as_ref()).await?;
         let messages = self.screened_messages(request.messages)?;
-        let options = request.prompt;
+        let mut options = request.prompt;
+        options.most_tokens = context;
         let continues = options.continue_final_message;
         let asked = settings.max_tokens.filter(|max| max.requested).map_or(1, |max| max.tokens);
-        let room = self.card.max_model_len.saturating_sub(asked);
+        let room = context.saturating_sub(asked);
         let encode = move |prompter: &ChatPrompter| match truncation {
             Truncation::Disabled => prompter.encode_chat(&messages, &options),
             Truncation::Auto => encode_newest(prompter, &messages, &options, room),
@@ -260,8 +268,10 @@ impl Service {
             None => most,
         };
         if max_tokens > room {
+            // Of a prompt that is too long alone, not even the tokenizer knows how long it is.
+            let asked = if len > context { format!("more than {context}") } else { len.to_string() };
             let message = format!(
-                "This model's maximum context length is {context} tokens, but {len} tokens of prompt and {max_tokens} of \
+                "This model's maximum context length is {context} tokens, but {asked} tokens of prompt and {max_tokens} of \
                  completion were asked for. Please shorten the prompt or lower max_tokens."
             );
             return Err(ServiceError::ContextLength { param, message });
