@@ -132,6 +132,7 @@ impl ApiError {
     pub(super) fn framework(status: StatusCode) -> Self {
         let message = match status {
             StatusCode::NOT_FOUND => "There is no such route.",
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "The request's headers are too many or too long.",
             StatusCode::METHOD_NOT_ALLOWED => "This route does not answer that method.",
             _ if status.is_server_error() => return Self::internal(format!("the framework answered {status}")),
             _ => "The request is not valid.",
