@@ -97,6 +97,12 @@ def test_answers_are_those_of_http(client):
     for custom_id, param in (("bad", "temperature"), ("stream", "stream")):
         response = errors[custom_id]["response"]
         assert response["status_code"] == 400 and response["body"]["error"]["param"] == param
+    taken = [answer["response"]["body"]["usage"] for answer in answers.values()]
+    usage = batch.to_dict()["usage"]  # the 1.x SDK has no type for it
+    assert usage["input_tokens"] == sum(one["prompt_tokens"] for one in taken) > 0
+    assert usage["output_tokens"] == sum(one["completion_tokens"] for one in taken) > 0
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    assert set(usage["input_tokens_details"]) == {"cached_tokens"} and set(usage["output_tokens_details"]) == {"reasoning_tokens"}
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
     assert batch.id in [b.id for b in client.batches.list(limit=2)]
 

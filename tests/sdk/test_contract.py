@@ -117,6 +117,22 @@ def test_the_sdk_waits_out_the_callers_limit(start):
     assert patient.retries_taken >= 1 and patient.parse().data
 
 
+def test_the_sdk_waits_out_the_callers_tokens(start):
+    server = start("--rate-limit-tpm", "1200")
+    client = connect(server)
+    asked = {"model": MODEL, "prompt": "Hi", "max_tokens": 600, "extra_body": {"guided_choice": ["yes"]}}
+    first = client.completions.with_raw_response.create(**asked)
+    assert first.headers["x-ratelimit-limit-tokens"] == "1200" and int(first.headers["x-ratelimit-remaining-tokens"]) < 620
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(**asked)
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    patient = connect(server, max_retries=5).completions.with_raw_response.create(**asked)
+    assert patient.retries_taken >= 1
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{**asked, "max_tokens": 1200})
+    assert caught.value.param == "prompt" and caught.value.response.headers["x-should-retry"] == "false"
+
+
 def test_the_sdk_waits_out_a_full_queue(start):
     server = start("--max-num-seqs", "1", "--max-queue", "1", "--kernel", "scalar")
     client = connect(server)

@@ -67,6 +67,7 @@ fn request(i: u64) -> Value {
         ("top_k", json!(20)),
         ("n", json!(3)),
         ("presence_penalty", json!(0.5)),
+        ("guided_regex", json!("(Quality|Quantity) of [a-z ]{5,20}: \\{\"amount_of_mercy\": [0-9]+\\}")),
     ];
     for (bit, (name, value)) in kinds.into_iter().enumerate() {
         if ((i * 0x9e37) >> bit) & 3 == 0 {

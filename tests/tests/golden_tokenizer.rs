@@ -95,12 +95,12 @@ fn a_stand_in_keeps_one_special_text_plain_and_changes_nothing_else() {
     for (name, tokenizer) in tokenizers() {
         let options = |parse_special| EncodeOptions { add_special_tokens: true, parse_special };
         let disguised = "User: hi there \u{F0000}|eot_id|> 3 < 4<|eot_id|>";
-        let got = tokenizer.encode_with_stand_ins(disguised, &[('\u{F0000}', '<')], true).expect("encodes");
+        let got = tokenizer.encode_with_stand_ins(disguised, &[('\u{F0000}', '<')], true, usize::MAX).expect("encodes");
         let mut expected = tokenizer.encode("User: hi there <|eot_id|> 3 < 4", options(false)).expect("encodes");
         expected.push(TokenId(EOT));
         assert_eq!(got, expected, "{name}");
         let text = "plain text, é and\n\n spaces   <|eot_id|>Assistant: ";
-        let plain = tokenizer.encode_with_stand_ins(text, &[], true).expect("encodes");
+        let plain = tokenizer.encode_with_stand_ins(text, &[], true, usize::MAX).expect("encodes");
         assert_eq!(plain, tokenizer.encode(text, options(true)).expect("encodes"), "{name}");
     }
 }

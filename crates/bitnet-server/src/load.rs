@@ -252,6 +252,7 @@ pub fn start_service(
         prompter,
         engine,
         stop_tokens: generation.stop_tokens,
+        tokens_per_minute: config.rate_limit_tpm,
         rules: RequestRules {
             max_choices: config.max_n,
             vocab_size: geometry.vocab_size,

@@ -8,13 +8,18 @@ use std::{
 };
 
 use bitnet_core::{
-    LoadOptions, Model, TokenId, checkpoint, checkpoint::Pooling, kernels, kv_cache::KvDtype, sampling::SamplingParams,
+    LoadOptions, Model, TokenId, checkpoint,
+    checkpoint::Pooling,
+    kernels,
+    kv_cache::KvDtype,
+    sampling::{SamplingParams, TokenMask},
     threads::WorkerPool,
 };
 use bitnet_server::{
     config::{ClientId, PrefixSharing, Speculation},
     engine::{
-        Engine, EngineConfig, EngineError, EngineHandle, FinishReason, GenerationRequest, SequenceEvent, SequenceStream,
+        ConstraintFailed, Draft, Engine, EngineConfig, EngineError, EngineHandle, FinishReason, GenerationRequest,
+        MAX_DRAFT, OutputRule, SequenceEvent, SequenceStream, TokenConstraint,
     },
     metrics::{Metrics, MetricsLimits},
 };
@@ -215,6 +220,13 @@ async fn a_vector_never_depends_on_its_neighbours_nor_on_the_cache() {
     }
 }
 
+/// What a metric comes to over its labels.
+fn counted(metrics: &Metrics, name: &str) -> f64 {
+    let text = metrics.render();
+    let of_name = text.lines().filter(|line| line.starts_with(name));
+    of_name.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+}
+
 /// The tokens of one choice.
 fn tokens_of(events: &[SequenceEvent]) -> Vec<TokenId> {
     let token = |event: &SequenceEvent| match event {
@@ -247,17 +259,101 @@ async fn speculation_changes_no_bit() {
             assert_eq!(read_all(always).await.0, expected, "{config:?}");
             assert_eq!(read_all(auto).await.0, expected, "{config:?}");
         }
-        let text = metrics.render();
-        let count = |name: &str| {
-            let line = text.lines().find(|line| line.starts_with(name)).expect("it is counted");
-            line.rsplit_once(' ').expect("a value").1.parse::<f64>().expect("a number")
-        };
-        let accepted = count("bitnet_speculation_accepted_tokens_total");
-        assert!(accepted > 50.0 && count("bitnet_speculation_drafted_tokens_total") > accepted, "{accepted}");
+        let accepted = counted(&metrics, "bitnet_speculation_accepted_tokens_total");
+        assert!(
+            accepted > 50.0 && counted(&metrics, "bitnet_speculation_drafted_tokens_total") > accepted,
+            "{accepted}"
+        );
     }
 }
 
 /// The answers are about something: prompts scored, tokens with alternatives, choices that differ.
+/// A rule that leaves a choice of 64 tokens, three times in a row, then none, nineteen times.
+#[derive(Debug)]
+struct Pattern;
+
+#[derive(Debug, Default)]
+struct PatternState {
+    position: u32,
+    mask: TokenMask,
+    draft: Draft,
+}
+
+impl OutputRule for Pattern {
+    fn start(&self) -> Box<dyn TokenConstraint> {
+        Box::new(PatternState::default())
+    }
+
+    fn identity(&self) -> &[u8] {
+        b"pattern"
+    }
+}
+
+impl PatternState {
+    fn forced(position: u32) -> Option<TokenId> {
+        (position % 22 >= 3).then_some(TokenId(position * 37 % 500))
+    }
+}
+
+impl TokenConstraint for PatternState {
+    fn allowed(&mut self) -> Result<&TokenMask, ConstraintFailed> {
+        let any = || TokenMask::from_words(vec![0, u32::MAX, u32::MAX]);
+        self.mask = Self::forced(self.position).map_or_else(any, TokenMask::only);
+        Ok(&self.mask)
+    }
+
+    fn upcoming(&mut self, _until: Instant) -> Option<&Draft> {
+        let forced: Vec<_> = (self.position..).map_while(Self::forced).take(MAX_DRAFT).collect();
+        self.draft.num_forced = forced.len();
+        self.draft.tokens = forced;
+        // One that comes true now and then, and one that is not even allowed.
+        self.draft.tokens.extend([40, 499].map(TokenId));
+        self.draft.tokens.truncate(MAX_DRAFT);
+        Some(&self.draft)
+    }
+
+    fn accept(&mut self, _token: TokenId) {
+        self.position += 1;
+    }
+}
+
+#[tokio::test]
+async fn forced_tokens_take_fewer_steps_and_change_no_bit() {
+    let mut requests = requests();
+    for request in &mut requests {
+        request.min_tokens = 0;
+        request.constraint = Some(Arc::new(Pattern));
+    }
+    let steps = |metrics: &Metrics| counted(metrics, "bitnet_engine_step_duration_seconds_count");
+    let forced = |metrics: &Metrics| counted(metrics, "bitnet_speculation_forced_tokens_total");
+    let (off, off_metrics) = start_measured(1, &EngineConfig { speculation: Speculation::Off, ..roomy() });
+    let mut alone = Vec::new();
+    for request in &requests {
+        alone.push(read_all(submit(&off, request)).await.0);
+    }
+    let steps_off = steps(&off_metrics);
+    assert_eq!(forced(&off_metrics), 0.0);
+
+    // One after the other, then at once: with room for all, with less than a run's, and with preemption.
+    let tight = EngineConfig { max_num_batched_tokens: 11, num_kv_blocks: 8, ..roomy() };
+    for (num_threads, config, at_once) in [(2, roomy(), false), (1, roomy(), true), (1, tight, true)] {
+        let always = EngineConfig { speculation: Speculation::Always, ..config };
+        let (handle, metrics) = start_measured(num_threads, &always);
+        if at_once {
+            let streams: Vec<_> = requests.iter().map(|request| submit(&handle, request)).collect();
+            for (streams, alone) in streams.into_iter().zip(&alone) {
+                assert_eq!(&read_all(streams).await.0, alone, "{config:?}");
+            }
+        } else {
+            for (request, alone) in requests.iter().zip(&alone) {
+                assert_eq!(&read_all(submit(&handle, request)).await.0, alone);
+            }
+            assert!(steps(&metrics) < steps_off / 2.0, "{} steps instead of {steps_off}", steps(&metrics));
+            assert!(forced(&metrics) > 100.0, "{}", forced(&metrics));
+        }
+    }
+}
+
 fn check_shapes(requests: &[GenerationRequest], answers: &[Vec<Vec<SequenceEvent>>]) {
     for (request, choices) in requests.iter().zip(answers) {
         for events in choices {

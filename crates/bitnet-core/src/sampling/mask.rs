@@ -15,6 +15,13 @@ impl TokenMask {
         Self { words }
     }
 
+    /// The set of `id` alone.
+    pub fn only(id: TokenId) -> Self {
+        let mut words = vec![0; id.index() / 32 + 1];
+        words[id.index() / 32] = 1 << (id.index() % 32);
+        Self { words }
+    }
+
     /// Whether `id` is in the set.
     pub fn contains(&self, id: TokenId) -> bool {
         self.words.get(id.index() / 32).is_some_and(|word| word >> (id.index() % 32) & 1 == 1)
@@ -23,6 +30,18 @@ impl TokenMask {
     /// Whether no id is in the set.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
+    }
+
+    /// How many ids are in the set.
+    pub fn len(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The id that is in the set when no other is.
+    pub fn single(&self) -> Option<TokenId> {
+        let (at, word) = self.words.iter().enumerate().find(|(_, word)| **word != 0)?;
+        let id = TokenId(at as u32 * 32 + word.trailing_zeros());
+        (self.len() == 1).then_some(id)
     }
 
     /// `logits` with every id outside the set excluded (-infinity). A value no logit may have stays, for the sampler to find.
@@ -52,5 +71,10 @@ mod tests {
         assert_eq!(kept, [0, 2, 32]);
         assert!(masked[5].is_nan());
         assert!(!mask.contains(TokenId(64)) && !mask.is_empty() && TokenMask::default().is_empty());
+        assert_eq!((mask.len(), mask.single(), TokenMask::default().single()), (3, None, None));
+        for id in [0, 31, 32, 77].map(TokenId) {
+            let only = TokenMask::only(id);
+            assert_eq!((only.len(), only.single(), only.contains(id)), (1, Some(id), true));
+        }
     }
 }

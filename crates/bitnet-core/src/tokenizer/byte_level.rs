@@ -18,6 +18,8 @@ pub(super) struct ByteLevel {
     added_ids: Vec<(TokenId, bool)>,
     regex: SysRegex,
     alphabet: [char; 256],
+    /// No token has more bytes.
+    longest: usize,
 }
 
 impl ByteLevel {
@@ -39,49 +41,59 @@ impl ByteLevel {
             added_ids: parts.added.iter().map(|(id, token)| (*id, token.special)).collect(),
             regex: SysRegex::new(pattern).map_err(invalid)?,
             alphabet,
+            longest: parts.table.longest().unwrap_or(usize::MAX),
         }))
     }
 
-    /// Text -> ids; `stand_ins` as in [`super::Tokenizer::encode_with_stand_ins`].
+    /// Text -> ids; `stand_ins` and `most` as in [`super::Tokenizer::encode_with_stand_ins`].
     pub(super) fn encode(
         &self,
         model: &Bpe,
         text: &str,
         parse_special: bool,
         stand_ins: &[(char, char)],
+        most: usize,
     ) -> Vec<TokenId> {
         let mut ids = Vec::new();
         let mut start = 0;
         for found in self.added.find_iter(text) {
             let (id, special) = self.added_ids[found.pattern().as_usize()];
             if parse_special || !special {
-                self.encode_plain(model, &text[start..found.start()], stand_ins, &mut ids);
+                self.encode_plain(model, &text[start..found.start()], stand_ins, most, &mut ids);
                 ids.push(id);
                 start = found.end();
             }
+            if ids.len() > most {
+                return ids;
+            }
         }
-        self.encode_plain(model, &text[start..], stand_ins, &mut ids);
+        self.encode_plain(model, &text[start..], stand_ins, most, &mut ids);
         ids
     }
 
-    fn encode_plain(&self, model: &Bpe, text: &str, stand_ins: &[(char, char)], ids: &mut Vec<TokenId>) {
+    fn encode_plain(&self, model: &Bpe, text: &str, stand_ins: &[(char, char)], most: usize, ids: &mut Vec<TokenId>) {
         let text: Cow<'_, str> = match stand_ins {
             [] => text.into(),
             _ => text.chars().map(|c| original_of(c, stand_ins)).collect(),
         };
+        // Tokens spell every byte, and none is longer than the longest: of a longer text this much has more than `most`.
+        let enough = most.saturating_add(1).saturating_mul(self.longest);
+        let text = &text[..text.floor_char_boundary(enough.saturating_add(3))];
         let mut spelled = String::new();
-        let mut piece = |piece: &str| {
+        let mut encode = |piece: &str, ids: &mut Vec<TokenId>| {
             spelled.clear();
             spelled.extend(piece.bytes().map(|byte| self.alphabet[usize::from(byte)]));
             ids.extend(model.encode(&spelled).into_iter().map(TokenId));
+            ids.len() > most
         };
         let mut start = 0;
-        for (from, to) in self.regex.find_iter(&text) {
-            piece(&text[start..from]);
-            piece(&text[from..to]);
+        for (from, to) in self.regex.find_iter(text) {
+            if encode(&text[start..from], ids) || encode(&text[from..to], ids) {
+                return;
+            }
             start = to;
         }
-        piece(&text[start..]);
+        encode(&text[start..], ids);
     }
 }
 
@@ -139,9 +151,14 @@ mod tests {
             prop_assert_eq!(short.encode(&text, options).unwrap(), general.encode(&text, options).unwrap());
             let stand_ins = [('\u{F0000}', '<')];
             prop_assert_eq!(
-                short.encode_with_stand_ins(&text, &stand_ins, true).unwrap(),
-                general.encode_with_stand_ins(&text, &stand_ins, true).unwrap()
+                short.encode_with_stand_ins(&text, &stand_ins, true, usize::MAX).unwrap(),
+                general.encode_with_stand_ins(&text, &stand_ins, true, usize::MAX).unwrap()
             );
+            let whole = short.encode_with_stand_ins(&text, &[], false, usize::MAX).unwrap();
+            for most in 0..whole.len() + 2 {
+                let some = short.encode_with_stand_ins(&text, &[], false, most).unwrap();
+                prop_assert!(some == whole || some.len() > most, "{} of {} with {}", some.len(), whole.len(), most);
+            }
         }
     }
 }

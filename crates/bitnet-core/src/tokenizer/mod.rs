@@ -92,7 +92,7 @@ impl Tokenizer {
     /// [`TokenizerError::Encode`].
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<TokenId>, TokenizerError> {
         let ids = match &self.byte_level {
-            Some(byte_level) => byte_level.encode(&self.model, text, options.parse_special, &[]),
+            Some(byte_level) => byte_level.encode(&self.model, text, options.parse_special, &[], usize::MAX),
             None => {
                 let added = if options.parse_special { &self.added } else { &self.added_plain };
                 self.encode_pieces(added.extract_and_normalize(self.normalizer.as_ref(), text))?
@@ -106,6 +106,8 @@ impl Tokenizer {
     /// a stand-in for its first character keeps it as plain text, and everything else tokenizes as if nothing had been
     /// replaced. Stand-ins should be private-use characters, which no normalizer touches.
     ///
+    /// A text of more than `most` tokens need not be read to its end: other tokens come back then, and more than `most`.
+    ///
     /// # Errors
     /// [`TokenizerError::Encode`].
     pub fn encode_with_stand_ins(
@@ -113,9 +115,10 @@ impl Tokenizer {
         text: &str,
         stand_ins: &[(char, char)],
         add_special_tokens: bool,
+        most: usize,
     ) -> Result<Vec<TokenId>, TokenizerError> {
         let ids = match &self.byte_level {
-            Some(byte_level) => byte_level.encode(&self.model, text, true, stand_ins),
+            Some(byte_level) => byte_level.encode(&self.model, text, true, stand_ins, most),
             None => {
                 let mut pieces = self.added.extract_and_normalize(self.normalizer.as_ref(), text);
                 let restored = pieces.normalize(|piece| {

@@ -77,6 +77,20 @@ impl TokenTable {
         &self.bytes[start as usize..end as usize]
     }
 
+    /// Bytes of the longest token; `None` when some text cannot be spelled, so that its length says nothing.
+    pub(super) fn longest(&self) -> Option<usize> {
+        let tokens = (0..self.len() as u32).map(|id| self.bytes(TokenId(id)));
+        let mut spelled = [false; 256];
+        let mut longest = 0;
+        for token in tokens {
+            longest = longest.max(token.len());
+            if let [byte] = token {
+                spelled[usize::from(*byte)] = true;
+            }
+        }
+        spelled.iter().all(|spelled| *spelled).then_some(longest)
+    }
+
     pub(super) fn is_special(&self, id: TokenId) -> bool {
         self.special.get(id.index()).copied().unwrap_or(false)
     }

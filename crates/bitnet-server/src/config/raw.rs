@@ -81,6 +81,10 @@ pub struct RawConfig {
     /// Requests a minute for each client [default: no limit]
     #[arg(long, env = "BITNET_RATE_LIMIT_RPM", value_name = "N")]
     pub rate_limit_rpm: Option<u32>,
+    /// Tokens a minute for each client, counted before anything is computed: the prompt and, for each choice, as many tokens
+    /// as the answer may have [default: no limit]
+    #[arg(long, env = "BITNET_RATE_LIMIT_TPM", value_name = "N")]
+    pub rate_limit_tpm: Option<u32>,
     /// Largest request body, in bytes or as 4MiB [default: 4MiB]
     #[arg(long, env = "BITNET_MAX_BODY_BYTES", value_name = "N")]
     #[serde(deserialize_with = "text_or_number")]
@@ -122,7 +126,9 @@ pub struct RawConfig {
           default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     pub shared_prefix_cache: Option<bool>,
     /// Guess tokens that stood in the text before, or in `prediction`, and verify them together where that is faster; the
-    /// answers are the same [default: auto]
+    /// Guess tokens that stood in the text before, in `prediction`, or that an output's form asks for, and verify them together
+    /// where that is faster; tokens that the form forces are computed together. Off computes one token a step. The answers are
+    /// the same [default: auto]
     #[arg(long, env = "BITNET_SPECULATION", value_name = "auto|off")]
     pub speculation: Option<String>,
     /// Choices (n) that one request may ask for [default: 8]
@@ -257,6 +263,7 @@ overlay!(
     api_key_file,
     insecure,
     rate_limit_rpm,
+    rate_limit_tpm,
     max_body_bytes,
     data_dir,
     max_file_bytes,

@@ -58,6 +58,8 @@ pub struct ServerConfig {
     pub api_keys: KeySet,
     /// Requests a minute for each client.
     pub rate_limit_rpm: Option<NonZeroU32>,
+    /// Tokens a minute for each client.
+    pub rate_limit_tpm: Option<NonZeroU32>,
     /// Largest request body.
     pub max_body_bytes: usize,
     /// Files and batches; `None`: there are none.
@@ -123,7 +125,7 @@ pub enum PrefixSharing {
 /// When tokens are guessed and verified together. Answers are the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speculation {
-    /// Never.
+    /// Never, forced ones neither: one token a step.
     Off,
     /// Where it pays, as measured.
     #[default]
@@ -205,7 +207,8 @@ impl ServerConfig {
             )?,
             memory_limit_bytes: raw.memory_limit.map(|size| parse_size("memory-limit", &size)).transpose()?,
             api_keys,
-            rate_limit_rpm: raw.rate_limit_rpm.map(parse_rate).transpose()?,
+            rate_limit_rpm: parse_rate("rate-limit-rpm", raw.rate_limit_rpm)?,
+            rate_limit_tpm: parse_rate("rate-limit-tpm", raw.rate_limit_tpm)?,
             max_body_bytes: parse_body_limit(raw.max_body_bytes)?,
             data: data_settings(raw.data_dir, raw.max_file_bytes, raw.max_data_bytes)?,
             request_timeout,
@@ -278,9 +281,12 @@ fn parse_model_names(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
     }
 }
 
-fn parse_rate(per_minute: u32) -> Result<NonZeroU32, ConfigError> {
-    NonZeroU32::new(per_minute)
-        .ok_or_else(|| invalid("rate-limit-rpm", per_minute, "must be at least 1; leave it out for no limit"))
+fn parse_rate(name: &'static str, per_minute: Option<u32>) -> Result<Option<NonZeroU32>, ConfigError> {
+    let parse = |per_minute| {
+        NonZeroU32::new(per_minute)
+            .ok_or_else(|| invalid(name, per_minute, "must be at least 1; leave it out for no limit"))
+    };
+    per_minute.map(parse).transpose()
 }
 
 fn parse_body_limit(written: Option<String>) -> Result<usize, ConfigError> {

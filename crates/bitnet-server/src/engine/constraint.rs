@@ -1,9 +1,11 @@
 //! What a choice may say, token by token: the engine's side of structured output. The engine asks for a mask before it samples
 //! and reports what was drawn; it knows nothing of grammars. A constraint that fails ends its sequence, never the engine.
 
-use std::fmt::Debug;
+use std::{fmt::Debug, time::Instant};
 
 use bitnet_core::{TokenId, sampling::TokenMask};
+
+use super::lookup::Draft;
 
 /// A rule for the output of a request, shared by its choices.
 pub trait OutputRule: Debug + Send + Sync {
@@ -21,6 +23,10 @@ pub trait TokenConstraint: Debug + Send {
     /// # Errors
     /// [`ConstraintFailed`]: the sequence ends with it.
     fn allowed(&mut self) -> Result<&TokenMask, ConstraintFailed>;
+
+    /// What the rule foresees, if that is known by `until`: at most [`super::lookup::MAX_DRAFT`] tokens, none of which ends the
+    /// output. The forced ones are the only ones allowed, the others one way of several to write what must come.
+    fn upcoming(&mut self, until: Instant) -> Option<&Draft>;
 
     /// `token`, one of those allowed, was drawn and more will follow.
     fn accept(&mut self, token: TokenId);

@@ -112,11 +112,12 @@ impl Executor for ModelExecutor {
             .flat_map(|index| logit_positions(&shares[index]).map(move |position| (index, position)))
             .collect();
         let has_screen = self.model.has_screen();
-        let reading = |row: &(usize, usize)| shares[row.0].reading(has_screen);
+        let reading = |row: &(usize, usize)| shares[row.0].reading(row.1, has_screen);
         let mut first = 0;
         for same in rows.chunk_by(|a, b| reading(a) == reading(b)) {
             match reading(&same[0]) {
                 Reading::Hidden => self.pool_rows(first, same, shares, &mut outputs),
+                Reading::Forced => pass_rows(same, shares, &mut outputs),
                 Reading::Whole => self.read_rows(first, same, shares, &mut outputs),
                 Reading::Screened => self.read_screened_rows(first, same, shares, &mut outputs),
             }
@@ -131,6 +132,8 @@ impl Executor for ModelExecutor {
 enum Reading {
     /// What the logits would be made of.
     Hidden,
+    /// Nothing: the next token is known.
+    Forced,
     /// All logits.
     Whole,
     /// Those that matter for the next token, by the head's screen.
@@ -207,7 +210,19 @@ impl ModelExecutor {
 impl Share<'_> {
     /// Guesses computed after the known tokens.
     pub fn draft(&self) -> &[TokenId] {
-        &self.sequence.draft[..self.num_drafted]
+        &self.sequence.draft.tokens[..self.num_drafted]
+    }
+
+    /// How many of them come whatever the model says.
+    pub fn num_forced(&self) -> usize {
+        self.sequence.draft.num_forced.min(self.num_drafted)
+    }
+
+    /// The token after `position` when it comes whatever the model says, and nobody asks how likely it was.
+    fn forced_after(&self, position: usize) -> Option<TokenId> {
+        let at = (position + 1).checked_sub(self.sequence.tokens.len())?;
+        let asked = self.sequence.request.logprobs.is_some();
+        self.draft()[..self.num_forced()].get(at).copied().filter(|_| !asked)
     }
 
     /// Positions computed, those of guesses included.
@@ -264,10 +279,11 @@ impl Share<'_> {
         SampleKey { choice: self.sequence.choice, position: position as u32 + 1 }
     }
 
-    /// How its rows are read, by a model with or without a screen.
-    fn reading(&self, has_screen: bool) -> Reading {
+    /// How its row of `position` is read, by a model with or without a screen.
+    fn reading(&self, position: usize, has_screen: bool) -> Reading {
         match self.sequence.pooled {
             Some(_) => Reading::Hidden,
+            None if self.forced_after(position).is_some() => Reading::Forced,
             None if has_screen && !self.needs_whole_rows() => Reading::Screened,
             None => Reading::Whole,
         }
@@ -314,6 +330,18 @@ fn logit_positions(share: &Share<'_>) -> std::ops::Range<usize> {
         LogitRows::All => positions,
         LogitRows::Last => positions.end - 1..positions.end,
         LogitRows::None => 0..0,
+    }
+}
+
+/// As [`ModelExecutor::read_rows`], for rows whose next token is known.
+fn pass_rows(rows: &[(usize, usize)], shares: &[Share<'_>], outputs: &mut [Result<StepOutput, EngineError>]) {
+    for &(index, position) in rows {
+        let (share, output) = (&shares[index], &mut outputs[index]);
+        let Some(token) = share.forced_after(position).filter(|_| share.reaches(position, output)) else { continue };
+        if let Some(constraint) = &share.sequence.constraint {
+            constraint.borrow_mut().accept(token);
+        }
+        share.note(Ok(TokenEvent { token, logprobs: None }), output);
     }
 }
 

@@ -3,11 +3,25 @@
 
 use std::sync::Arc;
 
-use bitnet_core::TokenId;
+use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
-/// The most tokens guessed at once. One more row costs a step little, because the weights are read anyway; past a few, rows
-/// cost what they save.
+/// The most tokens guessed at once from a text. One more row costs a step little, because the weights are read anyway; past a
+/// few, rows cost what they save.
 pub const MAX_GUESSES: usize = 3;
+
+/// The most tokens of a [`Draft`], where a rule foresees them. A row for a token that is sure to come costs what a row of a
+/// prompt costs, so that a run of a block's length holds a step up no more than a short prompt does, and it takes at most one
+/// more block of the cache.
+pub const MAX_DRAFT: usize = BLOCK_TOKENS;
+
+/// What may come next in one choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Draft {
+    /// One after the other.
+    pub tokens: Vec<TokenId>,
+    /// The first so many come whatever the model says; the others are guesses.
+    pub num_forced: usize,
+}
 
 /// Fewer equal tokens in a row say nothing about the next one.
 const SHORTEST_MATCH: usize = 2;

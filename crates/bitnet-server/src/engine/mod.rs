@@ -29,5 +29,5 @@ pub use handle::{
     EngineError, EngineHandle, EngineStatus, FinishReason, GenerationRequest, PromptLogprobs, SequenceEvent,
     SequenceStream, SubmitError, SubmitPermit, TokenEvent,
 };
-pub use lookup::Prediction;
+pub use lookup::{Draft, MAX_DRAFT, Prediction};
 pub use start::{Engine, EngineConfig, EngineEnd, EngineThread, StartError};

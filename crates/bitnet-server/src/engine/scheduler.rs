@@ -15,6 +15,7 @@
 use bitnet_core::{TokenId, kv_cache::BLOCK_TOKENS};
 
 use super::{
+    Draft,
     block_pool::BlockPool,
     budget::{StepBudget, StepRows},
     fairness::ServiceCounters,
@@ -66,7 +67,7 @@ pub struct Share<'a> {
     pub sequence: &'a Sequence,
     /// Tokens to compute from `sequence.num_computed_tokens` on, at least one.
     pub num_tokens: usize,
-    /// Leading tokens of `sequence.draft` to compute after them; none unless `num_tokens` is one, the last known.
+    /// Leading tokens of the sequence's draft to compute after them; none unless `num_tokens` is one, the last known.
     pub num_drafted: usize,
 }
 
@@ -132,7 +133,7 @@ impl Scheduler {
     }
 
     /// Notes what each running sequence may say next, for the next step to verify where there is room.
-    pub fn draft(&mut self, mut propose: impl FnMut(&Sequence) -> Vec<TokenId>) {
+    pub fn draft(&mut self, mut propose: impl FnMut(&Sequence) -> Draft) {
         for sequence in &mut self.running {
             sequence.draft = propose(sequence);
         }
@@ -148,7 +149,7 @@ impl Scheduler {
             self.running.iter_mut().find(|sequence| sequence.id == id).expect("only running sequences compute");
         let before = sequence.num_computed_tokens;
         sequence.tokens.extend_from_slice(drawn);
-        sequence.draft.clear();
+        sequence.draft = Draft::default();
         let num_computed = num_tokens + drawn.len().saturating_sub(1);
         sequence.num_computed_tokens += num_computed;
         self.prefixes.publish(&mut self.blocks, sequence, before);
@@ -252,7 +253,8 @@ impl Scheduler {
     fn cover_drafts(&mut self, mut budget: usize) -> Vec<usize> {
         let Self { running, blocks, .. } = self;
         let cover = |sequence: &mut Sequence| {
-            let wanted = if sequence.num_tokens_to_compute() == 1 { sequence.draft.len().min(budget) } else { 0 };
+            let wanted =
+                if sequence.num_tokens_to_compute() == 1 { sequence.draft.tokens.len().min(budget) } else { 0 };
             while sequence.block_table.len() < blocks_of(sequence.tokens.len() + wanted) {
                 let Some(block) = blocks.allocate() else { break };
                 sequence.block_table.push(block);
@@ -268,7 +270,7 @@ impl Scheduler {
     fn release_blocks(&mut self, sequence: &mut Sequence) {
         sequence.block_table.drain(..).rev().for_each(|block| self.blocks.release(block));
         (sequence.num_computed_tokens, sequence.num_stored_tokens) = (0, 0);
-        sequence.draft.clear();
+        sequence.draft = Draft::default();
     }
 }
 

@@ -5,7 +5,7 @@ use std::{cell::RefCell, sync::Arc};
 
 use bitnet_core::{BlockId, TokenId, checkpoint::Pooling, model::PooledStates};
 
-use super::{GenerationRequest, TokenConstraint, block_pool::BlockHash};
+use super::{Draft, GenerationRequest, TokenConstraint, block_pool::BlockHash};
 
 /// Names a sequence for the life of the engine; ascending in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,7 +23,7 @@ pub struct Sequence {
     /// The prompt, then what was generated.
     pub tokens: Vec<TokenId>,
     /// What may follow `tokens`: guesses for the next step to verify, computed only to be compared with what is drawn.
-    pub draft: Vec<TokenId>,
+    pub draft: Draft,
     /// Leading tokens whose K and V are in the cache.
     pub num_computed_tokens: usize,
     /// Leading tokens whose K and V were found in the cache, perhaps the last known one among them: then that is computed for
@@ -54,7 +54,7 @@ impl Sequence {
             request,
             choice,
             tokens,
-            draft: Vec::new(),
+            draft: Draft::default(),
             num_computed_tokens: 0,
             num_stored_tokens: 0,
             block_table: Vec::new(),

@@ -4,12 +4,15 @@
 //! All amounts are in plain steps of the batch at hand, in which each sequence gets one token. Every sequence has an account:
 //! what accepted guesses save goes in, what rows for guesses cost goes out, and guessing stops while the account cannot pay.
 //! An account starts with a third of a step and gets 1.5 % of one for each token, to try again; so speculation never makes an
-//! answer slower by more than that.
+//! answer slower by more than that. A token that a rule forces is no guess: its row is computed in any case, so it is computed
+//! now, beside prompts too, and no account knows of it.
+
+use std::time::{Duration, Instant};
 
 use bitnet_core::TokenId;
 
 use super::{
-    lookup::{MAX_GUESSES, Prediction, look_up},
+    lookup::{Draft, MAX_GUESSES, Prediction, look_up},
     sequence::Sequence,
 };
 use crate::config::Speculation;
@@ -34,8 +37,10 @@ struct Measured {
 #[derive(Debug)]
 pub struct StepPlan<'a> {
     costs: &'a StepCosts,
-    /// Seconds without guesses; `None`: no guesses in this step.
+    /// Seconds without guesses, where they are known and still right.
     plain: Option<f64>,
+    /// Whether the step computes prompts too: every row has its price then, so nothing is guessed.
+    beside_prompts: bool,
     num_sequences: usize,
     num_rows: usize,
 }
@@ -75,12 +80,23 @@ impl StepCosts {
         self.measured[num_rows] = Some(Measured { seconds, at_step });
     }
 
-    /// A step in which `num_sequences` generate and nothing else happens. Without a fresh measurement of it as it is, there
-    /// is nothing to compare with, so nothing is guessed and it is measured.
-    pub fn plan(&self, num_sequences: usize) -> StepPlan<'_> {
+    /// A step in which `num_sequences` generate, and nothing else happens unless it is `beside_prompts`. Without a fresh
+    /// measurement of it as it is, there is nothing to compare with, so nothing is guessed and it is measured.
+    pub fn plan(&self, num_sequences: usize, beside_prompts: bool) -> StepPlan<'_> {
         let plain = self.measured.get(num_sequences).copied().flatten();
         let plain = plain.filter(|plain| self.num_steps - plain.at_step < STEPS_UNTIL_STALE);
-        StepPlan { costs: self, plain: plain.map(|plain| plain.seconds), num_sequences, num_rows: num_sequences }
+        let plain = plain.map(|plain| plain.seconds);
+        StepPlan { costs: self, plain, beside_prompts, num_sequences, num_rows: num_sequences }
+    }
+
+    /// How long a step in which `num_sequences` generate may be held up to learn what their rules foresee: what a token gets
+    /// for nothing.
+    pub fn patience(&self, num_sequences: usize) -> Duration {
+        if self.ignored {
+            return ALL_PATIENCE;
+        }
+        let plain = self.measured.get(num_sequences).copied().flatten().map_or(0.0, |plain| plain.seconds);
+        Duration::from_secs_f64(FREE_SHARE * plain)
     }
 
     /// Steps' worth, over all of `num_sequences`, by which `num_rows` cost more than one row for each of them. Rows cost
@@ -107,7 +123,12 @@ impl StepCosts {
 impl StepPlan<'_> {
     /// Whether nothing is verified for a sequence with these `guesses`, whatever they are.
     fn is_over(&self, guesses: &Guesses) -> bool {
-        !self.costs.ignored && (self.plain.is_none() || guesses.account <= 0.0)
+        self.beside_prompts || !self.costs.ignored && (self.plain.is_none() || guesses.account <= 0.0)
+    }
+
+    /// Rows of tokens that are sure to come.
+    fn force(&mut self, num_tokens: usize) {
+        self.num_rows += num_tokens;
     }
 
     /// How many of at most `most` guesses to verify for a sequence; they are part of the plan then.
@@ -143,41 +164,54 @@ impl Guesses {
         Self { prediction, account: FIRST_ACCOUNT, acceptance: FIRST_ACCEPTANCE }
     }
 
-    /// What `sequence` may say next, as far as it is worth verifying, may still be said, and is one of `vocab_size` ids.
+    /// What `sequence` may say next, as far as its rule says by `until` or it is worth verifying, may still be said, and is one
+    /// of `vocab_size` ids.
     pub fn propose(
         &self,
         sequence: &Sequence,
         plan: &mut StepPlan<'_>,
+        until: Instant,
         max_model_len: usize,
         vocab_size: usize,
-    ) -> Vec<TokenId> {
+    ) -> Draft {
         let generated = sequence.generated().len();
         let tokens_left = sequence.request.max_tokens.saturating_sub(generated);
         let room = max_model_len.saturating_sub(sequence.tokens.len()).min(tokens_left);
         // The last token that may be said follows from the one before it: there is nothing to verify after it.
-        let most = room.saturating_sub(1).min(MAX_GUESSES);
+        let room = room.saturating_sub(1);
         // Guessing begins where the next row is a generated token's: the end of a prompt is computed with its chunk.
-        if generated == 0 || most == 0 || plan.is_over(self) {
-            return Vec::new();
+        if generated == 0 || room == 0 {
+            return Draft::default();
         }
-        let mut draft: Vec<_> = self.prediction.next().iter().take(most).copied().collect();
-        if draft.is_empty() {
-            draft = look_up(&sequence.tokens);
+        let mut constraint = sequence.constraint.as_ref().map(|constraint| constraint.borrow_mut());
+        let foreseen = constraint.as_mut().and_then(|constraint| constraint.upcoming(until));
+        let Draft { mut tokens, num_forced } = foreseen.cloned().unwrap_or_default();
+        let num_forced = num_forced.min(room);
+        plan.force(num_forced);
+        if plan.is_over(self) {
+            tokens.truncate(num_forced);
+            return Draft { tokens, num_forced };
         }
-        let known = draft.iter().take_while(|token| token.index() < vocab_size).count();
-        let count = plan.take(self, most.min(known));
-        draft.truncate(count);
-        draft
+        if tokens.is_empty() {
+            tokens = self.prediction.next().iter().take(MAX_GUESSES).copied().collect();
+        }
+        if tokens.is_empty() {
+            tokens = look_up(&sequence.tokens);
+        }
+        let known = tokens.iter().take_while(|token| token.index() < vocab_size).count();
+        let num_guessed = plan.take(self, room.min(known).saturating_sub(num_forced));
+        tokens.truncate(num_forced + num_guessed);
+        Draft { tokens, num_forced }
     }
 
-    /// `said` was generated by a step that verified `num_drafted` guesses at `price` each.
-    pub fn settle(&mut self, said: &[TokenId], num_drafted: usize, price: f64) {
+    /// `said` was generated by a step that verified `num_drafted` guesses at `price` each, after `num_forced` tokens.
+    pub fn settle(&mut self, said: &[TokenId], num_forced: usize, num_drafted: usize, price: f64) {
         said.iter().for_each(|token| self.prediction.follow(*token));
         if self.account < FREE_LIMIT {
             self.account = (self.account + FREE_SHARE * said.len() as f64).min(FREE_LIMIT);
         }
         if num_drafted > 0 {
-            let num_accepted = said.len().saturating_sub(1);
+            let num_accepted = said.len().saturating_sub(1 + num_forced);
             self.account = (self.account + num_accepted as f64 - price * num_drafted as f64).min(MOST_SAVED);
             for _ in 0..num_accepted {
                 self.acceptance += ACCEPTANCE_WEIGHT * (1.0 - self.acceptance);
@@ -195,6 +229,8 @@ const FIRST_ACCOUNT: f64 = 0.35;
 const FREE_SHARE: f64 = 0.015;
 /// Up to here.
 const FREE_LIMIT: f64 = 1.0;
+/// Longer than any rule takes.
+const ALL_PATIENCE: Duration = Duration::from_secs(5);
 /// What was saved before may be lost again, but not more of it than this.
 const MOST_SAVED: f64 = 3.0;
 /// Before anything was tried: above a half, so that the first guess is of three tokens.
@@ -230,7 +266,7 @@ mod tests {
         let mut all = vec![Guesses::new(Prediction::default()); num_sequences];
         let (mut said, mut spent, mut drafted) = (0, 0.0, 0);
         while said < num_tokens * num_sequences {
-            let mut plan = costs.plan(num_sequences);
+            let mut plan = costs.plan(num_sequences, false);
             let taken: Vec<_> = all.iter().map(|guesses| plan.take(guesses, MAX_GUESSES)).collect();
             let num_rows = num_sequences + taken.iter().sum::<usize>();
             costs.record(num_rows, seconds(num_rows));
@@ -238,7 +274,7 @@ mod tests {
             let price = costs.price(num_sequences, num_rows);
             for (guesses, count) in all.iter_mut().zip(taken) {
                 let right = (0..count).take_while(|at| comes_true(said + at)).count();
-                guesses.settle(&vec![TokenId(0); 1 + right], count, price);
+                guesses.settle(&vec![TokenId(0); 1 + right], 0, count, price);
                 said += 1 + right;
                 drafted += count;
             }
@@ -311,7 +347,8 @@ mod tests {
             let mut sequence = Sequence::new(SequenceId(0), Arc::new(request(&[1, 2, 3, 1, 2], max_tokens)), 0);
             sequence.tokens.extend([3, 1, 2].iter().take(said).copied().map(TokenId));
             let guesses = Guesses::new(Prediction::default());
-            guesses.propose(&sequence, &mut costs.plan(1), max_model_len, vocab_size)
+            let mut plan = costs.plan(1, false);
+            guesses.propose(&sequence, &mut plan, Instant::now(), max_model_len, vocab_size).tokens
         };
         assert_eq!(propose(9, 0, 64, 64), [], "the prompt's last row is not a guess's");
         assert_eq!(propose(9, 1, 64, 64), [1, 2, 3].map(TokenId));
@@ -320,6 +357,10 @@ mod tests {
         assert_eq!(propose(9, 1, 8, 64), [1].map(TokenId), "the context ends");
         assert_eq!(propose(9, 1, 64, 2), [1].map(TokenId), "not an id");
         let unmeasured = StepCosts::default();
-        assert_eq!(unmeasured.plan(1).take(&Guesses::new(Prediction::default()), 3), 0, "first measure, then guess");
+        assert_eq!(
+            unmeasured.plan(1, false).take(&Guesses::new(Prediction::default()), 3),
+            0,
+            "first measure, then guess"
+        );
     }
 }

@@ -11,7 +11,8 @@ use bitnet_core::{TokenId, sampling::TokenLogprobs};
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    EngineConfig, EngineError, FinishReason, GenerationRequest, Prediction, PromptLogprobs, SequenceEvent, TokenEvent,
+    Draft, EngineConfig, EngineError, FinishReason, GenerationRequest, Prediction, PromptLogprobs, SequenceEvent,
+    TokenEvent,
     executor::{Executor, StepOutput},
     handle::{Command, EventSink, QueuePlace, Receivers, Shared, Submission},
     pace::Pace,
@@ -57,7 +58,8 @@ struct Progress {
     id: SequenceId,
     start: usize,
     num_tokens: usize,
-    num_drafted: usize,
+    num_forced: usize,
+    num_guessed: usize,
     output: Result<StepOutput, EngineError>,
 }
 
@@ -240,7 +242,7 @@ impl<E: Executor> EngineLoop<E> {
 
         let seconds = now().saturating_duration_since(began).as_secs_f64();
         self.metrics.record_step(phase, seconds, progress.len());
-        let num_rows = progress.iter().map(|progress| progress.num_tokens + progress.num_drafted).sum();
+        let num_rows = progress.iter().map(Progress::num_rows).sum();
         let num_gained: usize = progress.iter().map(Progress::num_gained).sum();
         let prompts = progress.iter().map(|progress| progress.num_tokens).filter(|num_tokens| *num_tokens > 1);
         self.pace.step(num_gained, prompts.sum(), seconds);
@@ -255,32 +257,33 @@ impl<E: Executor> EngineLoop<E> {
         self.publish();
     }
 
-    /// Notes what may be said next, for steps that only generate: beside prompts every row has its price already.
+    /// Notes what may be said next.
     fn propose_drafts(&mut self) {
         let Some(costs) = &self.step_costs else { return };
         let running = self.scheduler.running();
-        if running.iter().any(|sequence| sequence.num_tokens_to_compute() > 1) {
-            return self.scheduler.draft(|_| Vec::new());
-        }
-        let mut plan = costs.plan(running.len());
+        let beside_prompts = running.iter().any(|sequence| sequence.num_tokens_to_compute() > 1);
+        let mut plan = costs.plan(running.len(), beside_prompts);
+        let until = Instant::now() + costs.patience(running.len());
         let (clients, max_model_len, vocab_size) = (&self.clients, self.max_model_len, self.executor.vocab_size());
         self.scheduler.draft(|sequence| {
             let guesses = clients.get(&sequence.id).map(|client| &client.guesses);
-            guesses.map_or_else(Vec::new, |guesses| guesses.propose(sequence, &mut plan, max_model_len, vocab_size))
+            let propose = |guesses: &Guesses| guesses.propose(sequence, &mut plan, until, max_model_len, vocab_size);
+            guesses.map_or_else(Draft::default, propose)
         });
     }
 
     /// Brings one sequence up to date and tells its client.
     fn update(&mut self, progress: Progress, price: f64) {
-        let Progress { id, start, num_tokens, num_drafted, output } = progress;
+        let Progress { id, start, num_tokens, num_forced, num_guessed, output } = progress;
         let Some(client) = self.clients.get_mut(&id) else { return };
         let end = match output {
             Ok(StepOutput { prompt_logprobs, embedding, tokens }) => {
                 let drawn: Vec<TokenId> = tokens.iter().map(|event| event.token).collect();
                 let sequence = self.scheduler.advance(id, num_tokens, &drawn);
-                client.guesses.settle(&drawn, num_drafted, price);
-                if num_drafted > 0 {
-                    self.metrics.record_speculation(num_drafted, drawn.len().saturating_sub(1));
+                client.guesses.settle(&drawn, num_forced, num_guessed, price);
+                if num_forced + num_guessed > 0 {
+                    let num_accepted = drawn.len().saturating_sub(1 + num_forced);
+                    self.metrics.record_speculation(num_forced, num_guessed, num_accepted);
                 }
                 client.score_prompt(start, prompt_logprobs);
                 client.prompt_computed(embedding, sequence, &self.metrics);
@@ -377,8 +380,13 @@ impl Client {
 impl Progress {
     fn new((share, output): (&Share<'_>, Result<StepOutput, EngineError>)) -> Self {
         let sequence = share.sequence;
-        let Share { num_tokens, num_drafted, .. } = *share;
-        Self { id: sequence.id, start: sequence.num_computed_tokens, num_tokens, num_drafted, output }
+        let (num_forced, num_guessed) = (share.num_forced(), share.num_drafted - share.num_forced());
+        let (start, num_tokens) = (sequence.num_computed_tokens, share.num_tokens);
+        Self { id: sequence.id, start, num_tokens, num_forced, num_guessed, output }
+    }
+
+    fn num_rows(&self) -> usize {
+        self.num_tokens + self.num_forced + self.num_guessed
     }
 
     /// Tokens that need no computing any more.

@@ -196,3 +196,63 @@ fn equal_rules_have_equal_names() {
     assert_ne!(identity(&Rule::json_object()), identity(&Rule::Schema(json!({"type": "array"}))));
     assert_ne!(identity(&Rule::Regex("a".to_owned())), identity(&Rule::Regex("b".to_owned())));
 }
+
+#[test]
+fn looking_ahead_says_what_comes_step_by_step() {
+    let (compiler, tokenizer) = compiler();
+    let stop = tokenizer.token_id(STOP).unwrap();
+    let schema = json!({
+        "type": "object",
+        "properties": {"zq\u{1f600}": {"enum": ["xyzzy", "xyzzz"]}, "other_name": {"type": "integer"}},
+        "required": ["zq\u{1f600}", "other_name"],
+        "additionalProperties": false
+    });
+    let grammar = compiler.compile(&Rule::Schema(schema), "rule").unwrap();
+    let (mut num_forced, mut num_likely) = (0, 0);
+    for seed in 0..20 {
+        let (mut plain, mut ahead, mut said) = (grammar.start(), grammar.start(), 0);
+        for at in 0..200 {
+            let Outlook { forced, then, likely } = ahead.look_ahead(5, &[stop]);
+            assert!(forced.len() + likely.len() <= 5);
+            num_forced += forced.len();
+            for token in forced {
+                assert_eq!(plain.mask().unwrap().single(), Some(token));
+                plain.accept(token).unwrap();
+            }
+            let (mut matcher, mask) = then.unwrap();
+            assert_eq!(mask, plain.mask().unwrap());
+            if let Some(&first) = likely.first() {
+                assert!(mask.contains(first), "the tokenizer's way to write it is one of those allowed");
+                num_likely += 1;
+            }
+            let allowed: Vec<_> = (0..512).map(TokenId).filter(|id| mask.contains(*id)).collect();
+            let token = allowed[(seed * 31 + at * 17) % allowed.len()];
+            said += 1;
+            if token == stop {
+                break;
+            }
+            plain.accept(token).unwrap();
+            matcher.accept(token).unwrap();
+            ahead = matcher;
+        }
+        assert!(said > 2);
+    }
+    assert!(num_forced > 100 && num_likely > 20, "{num_forced} forced, {num_likely} likely");
+}
+
+#[test]
+fn a_rule_is_compiled_once_while_it_is_in_use() {
+    let (compiler, _) = compiler();
+    let rule = |number: usize| Rule::Regex(format!("a{{{number}}}"));
+    let first = compiler.compile(&rule(1), "response_format").unwrap();
+    assert!(Arc::ptr_eq(&first, &compiler.compile(&rule(1), "tools[0]").unwrap()), "wherever it comes from");
+    for number in 2..2 + MAX_COMPILED.get() {
+        compiler.compile(&rule(number), "rule").unwrap();
+    }
+    assert!(!Arc::ptr_eq(&first, &compiler.compile(&rule(1), "rule").unwrap()), "the least recently used has left");
+    let long = Rule::Choice(vec!["x".repeat(MAX_KEPT_BYTES)]);
+    let [one, other] = [(); 2].map(|()| compiler.compile(&long, "rule").unwrap());
+    assert!(!Arc::ptr_eq(&one, &other) && one.identity() == other.identity());
+    let wrong = Rule::Regex("(".to_owned());
+    assert!(compiler.compile(&wrong, "rule").is_err() && compiler.compile(&wrong, "rule").is_err());
+}

@@ -21,7 +21,7 @@ use tokio::{
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
-use super::guard::Peer;
+use super::{bare::FillingIn, guard::Peer};
 use crate::metrics::{Metrics, SecurityEvent};
 
 /// A request's head has to arrive within this time; an idle connection is closed after it.
@@ -109,7 +109,7 @@ async fn serve_one(
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     builder.max_headers(MAX_HEADERS).max_buf_size(MAX_HEADER_BYTES);
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(FillingIn::new(stream)), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = closed(&mut closing) => {
@@ -145,6 +145,8 @@ impl Drop for OpenConnection<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use axum::{body::Bytes, routing::get};
     use futures_util::stream;
     use tokio::{sync::mpsc, time::timeout};
@@ -174,6 +176,36 @@ mod tests {
         timeout(Duration::from_secs(60), server).await.expect("the connection is closed").unwrap();
         assert!(timeout(Duration::from_secs(60), gone.recv()).await.expect("the answer is dropped").is_none());
         drop(client);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_request_is_refused_like_everything_else() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let metrics = Arc::new(Metrics::new("test", MetricsLimits { max_num_seqs: 1, max_queue: 1 }));
+        let (_close, closing) = watch::channel(false);
+        tokio::spawn(serve_connections(listener, Router::new(), metrics, Duration::from_secs(60), closing));
+        let long = format!("GET / HTTP/1.1\r\nHost: x\r\nx: {}\r\n\r\n", "y".repeat(2 * MAX_HEADER_BYTES));
+        for (sent, status) in [("GET / HTTP/1.1\r\nbad header\r\n\r\n".to_owned(), "400 "), (long, "431 ")] {
+            let answer = tokio::task::spawn_blocking(move || {
+                let mut client = std::net::TcpStream::connect(address).unwrap();
+                client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                // The server may hang up before it has read everything.
+                let _ = client.write_all(sent.as_bytes());
+                let mut answer = Vec::new();
+                let _ = client.read_to_end(&mut answer);
+                String::from_utf8(answer).unwrap()
+            });
+            let answer = answer.await.unwrap();
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.strip_prefix("HTTP/1.1 ").is_some_and(|rest| rest.starts_with(status)), "{head}");
+            assert!(
+                head.contains(&format!("content-length: {}", body.len())) && head.contains("x-request-id: "),
+                "{head}"
+            );
+            let body: serde_json::Value = serde_json::from_str(body).unwrap();
+            assert_eq!(body["error"]["type"], "invalid_request_error");
+        }
     }
 
     fn part(_held: &mpsc::Sender<()>) -> Result<Bytes, Infallible> {

@@ -90,13 +90,10 @@ impl ApiError {
     }
 
     /// The caller's own limit.
-    pub(super) fn rate_limited(limit: u32, retry_after_seconds: u64) -> Self {
-        let message = format!(
-            "Rate limit reached: {limit} requests per minute. Please try again in {retry_after_seconds} seconds."
-        );
+    fn rate_limited(retry_after_seconds: u64, message: String) -> Self {
         let code = Some("rate_limit_exceeded");
         Self {
-            retry_after_seconds: Some(retry_after_seconds.clamp(1, 60)),
+            retry_after_seconds: Some(retry_after_seconds),
             reason: Some(RejectReason::RateLimited),
             ..Self::new(StatusCode::TOO_MANY_REQUESTS, RATE_LIMIT, code, message)
         }
@@ -135,6 +132,7 @@ impl ApiError {
     pub(super) fn framework(status: StatusCode) -> Self {
         let message = match status {
             StatusCode::NOT_FOUND => "There is no such route.",
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "The request's headers are too many or too long.",
             StatusCode::METHOD_NOT_ALLOWED => "This route does not answer that method.",
             _ if status.is_server_error() => return Self::internal(format!("the framework answered {status}")),
             _ => "The request is not valid.",
@@ -203,6 +201,7 @@ impl From<ServiceError> for ApiError {
                 let reason = Some(RejectReason::ContentFiltered);
                 Self { reason, ..Self::invalid(bad_request, Some("content_filtered"), Some(param.to_owned()), message) }
             }
+            ServiceError::RateLimited { retry_after_seconds, .. } => Self::rate_limited(retry_after_seconds, message),
             ServiceError::Overloaded { retry_after_seconds } => {
                 let reason = Some(RejectReason::QueueFull);
                 Self { reason, ..Self::unavailable("server_overloaded", retry_after_seconds.into(), message) }

@@ -9,15 +9,15 @@ use std::{
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{HeaderName, HeaderValue, header},
+    http::{HeaderMap, HeaderName, HeaderValue, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 
 use super::{ApiError, HttpState, observe::Arrival};
 use crate::{
-    limits::{ClientId, LimitDecision},
-    service::Caller,
+    limits::{Account, ClientId},
+    service::{Caller, ServiceError},
 };
 
 /// The other end of the connection. Headers that claim another are not believed.
@@ -33,14 +33,18 @@ pub(super) async fn guard(State(state): State<Arc<HttpState>>, mut request: Requ
         Ok(client) => client,
         Err(error) => return error.into_response(),
     };
-    let decision = state.limiter.check_request(&client);
-    if let Some(decision) = decision.filter(|decision| !decision.allowed) {
-        let error = ApiError::rate_limited(decision.headers.limit, decision.retry_after_seconds());
-        return with_account(error.into_response(), Some(decision));
-    }
-    let arrival = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.0);
-    request.extensions_mut().insert(Caller { client, arrival });
-    with_account(next.run(request).await, decision)
+    let mut response = match state.limiter.take(&client, 1) {
+        Ok(()) => {
+            let arrival = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.0);
+            request.extensions_mut().insert(Caller { client, arrival, is_limited: true });
+            next.run(request).await
+        }
+        Err(refused) => ApiError::from(ServiceError::refused_by_limit(refused, "requests", None)).into_response(),
+    };
+    let tokens = state.loaded().and_then(|service| service.token_limiter().account(&client));
+    write_account(response.headers_mut(), REQUEST_HEADERS, state.limiter.account(&client));
+    write_account(response.headers_mut(), TOKEN_HEADERS, tokens);
+    response
 }
 
 /// Probes and scrapers have no keys and no limits, and the description of the API holds nothing of anybody's.
@@ -63,12 +67,16 @@ fn identify(state: &HttpState, request: &Request<Body>) -> Result<ClientId, ApiE
     state.keys.authenticate(presented).ok_or_else(|| ApiError::unauthorized(true))
 }
 
-/// `response` with the state of the caller's account.
-fn with_account(mut response: Response, decision: Option<LimitDecision>) -> Response {
-    for (name, value) in decision.iter().flat_map(|decision| decision.headers.pairs()) {
-        if let Ok(value) = HeaderValue::try_from(value) {
-            response.headers_mut().insert(HeaderName::from_static(name), value);
+/// The state of the caller's account.
+fn write_account(headers: &mut HeaderMap, names: [&'static str; 3], account: Option<Account>) {
+    for (name, text) in account.iter().flat_map(|account| names.into_iter().zip(account.texts())) {
+        if let Ok(value) = HeaderValue::try_from(text) {
+            headers.insert(HeaderName::from_static(name), value);
         }
     }
-    response
 }
+
+const REQUEST_HEADERS: [&str; 3] =
+    ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"];
+const TOKEN_HEADERS: [&str; 3] =
+    ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"];

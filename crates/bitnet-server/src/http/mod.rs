@@ -1,6 +1,7 @@
 //! HTTP: routes, thin handlers, and what is around them. It turns service answers into responses and decides nothing
 //! about them; `error.rs` alone picks status codes.
 
+mod bare;
 mod batches;
 mod body;
 mod connections;

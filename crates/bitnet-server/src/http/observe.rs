@@ -32,12 +32,19 @@ pub(super) struct Arrival(pub(super) Instant);
 #[derive(Clone, Debug)]
 pub(super) struct RequestId(pub(super) Arc<str>);
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+impl RequestId {
+    /// One that nobody has.
+    pub(super) fn new() -> Self {
+        Self(format!("req-{:032x}", rand::random::<u128>()).into())
+    }
+}
+
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Runs the rest and sees to it that what leaves has an id, the right shape and a place in the figures.
 pub(super) async fn observe(State(state): State<Arc<HttpState>>, mut request: Request<Body>, next: Next) -> Response {
     let start = Instant::now();
-    let id = RequestId(request_id(request.headers()));
+    let id = request_id(request.headers());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
     request.extensions_mut().insert(id.clone());
@@ -65,13 +72,13 @@ pub(super) async fn observe(State(state): State<Arc<HttpState>>, mut request: Re
 }
 
 /// The caller's id if it is sane, else a new one.
-fn request_id(headers: &HeaderMap) -> Arc<str> {
+fn request_id(headers: &HeaderMap) -> RequestId {
     let sane = |id: &&str| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
         (1..=128).contains(&id.len()) && id.bytes().all(allowed)
     };
     let sent = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(sane);
-    sent.map_or_else(|| format!("req-{:032x}", rand::random::<u128>()).into(), Arc::from)
+    sent.map_or_else(RequestId::new, |id| RequestId(id.into()))
 }
 
 /// Writes the body of an error, ours or the framework's.

@@ -1,5 +1,5 @@
-//! Who may ask how often: one bucket a client in a bounded table, and the numbers of honest answers.
-//! The layer above turns a [`LimitDecision`] into headers and a status; nothing here knows HTTP or reads addresses.
+//! Who may ask how often and how much: one bucket a client in a bounded table, and the numbers of honest answers.
+//! The layers above turn them into headers and a status; nothing here knows HTTP or reads addresses.
 
 mod table;
 
@@ -7,16 +7,16 @@ use std::{num::NonZeroU32, time::Duration};
 
 use governor::{
     Quota,
-    clock::{Clock, DefaultClock},
-    middleware::StateInformationMiddleware,
+    clock::{Clock, DefaultClock, Reference},
+    middleware::NoOpMiddleware,
 };
 
 pub use crate::config::{ClientId, KeySet};
 
 use table::ClientTable;
 
-/// Limits the requests of each client to so many a minute: a bucket of that size which refills evenly, so a client may
-/// send a minute's worth at once and then one each `60 / limit` seconds.
+/// Limits what each client takes to so much a minute: a bucket of that size which refills evenly, so a client may take a
+/// minute's worth at once and then one each `60 / limit` seconds.
 #[derive(Debug)]
 pub struct RateLimiter<C: Clock = DefaultClock> {
     buckets: Option<Buckets<C>>,
@@ -24,56 +24,84 @@ pub struct RateLimiter<C: Clock = DefaultClock> {
 
 #[derive(Debug)]
 struct Buckets<C: Clock> {
-    limiter: governor::RateLimiter<ClientId, ClientTable, C, StateInformationMiddleware>,
+    limiter: governor::RateLimiter<ClientId, ClientTable, C, NoOpMiddleware<C::Instant>>,
+    table: ClientTable,
     clock: C,
+    /// The table counts from here.
+    start: C::Instant,
     limit: NonZeroU32,
-    /// Time in which one request refills.
+    /// Time in which one refills.
     period: Duration,
 }
 
-/// Whether a request may go on, and what to tell the client either way.
+/// Why something is not within the limit, which is `limit` a minute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LimitDecision {
-    /// Whether the request is within the limit; it is counted then.
-    pub allowed: bool,
-    /// How long to wait until a request is within the limit; zero when allowed.
-    pub retry_after: Duration,
-    /// The client's account.
-    pub headers: RateLimitHeaders,
+pub enum Refused {
+    /// Not now.
+    Wait {
+        /// What a minute allows.
+        limit: u32,
+        /// After this it is, if nothing else is taken.
+        retry_after: Duration,
+    },
+    /// Never: it is more than a minute allows.
+    TooMuch {
+        /// What a minute allows.
+        limit: u32,
+    },
 }
 
-/// The client's account, for `x-ratelimit-{limit,remaining,reset}-requests`.
+/// The state of a client's bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RateLimitHeaders {
-    /// Requests a minute, and at once after a pause.
+pub struct Account {
+    /// What a minute allows, and a moment after a pause.
     pub limit: u32,
-    /// Requests that would be allowed now.
+    /// What would be allowed now.
     pub remaining: u32,
-    /// Time until `remaining` is `limit` again when nothing is sent.
+    /// Time until `remaining` is `limit` again when nothing is taken.
     pub reset: Duration,
 }
 
 impl RateLimiter {
     /// A limiter; `None` never limits.
-    pub fn new(requests_per_minute: Option<NonZeroU32>) -> Self {
-        Self::with_clock(requests_per_minute, DefaultClock::default())
+    pub fn new(per_minute: Option<NonZeroU32>) -> Self {
+        Self::with_clock(per_minute, DefaultClock::default())
     }
 }
 
 impl<C: Clock + Clone> RateLimiter<C> {
-    fn with_clock(requests_per_minute: Option<NonZeroU32>, clock: C) -> Self {
-        let buckets = requests_per_minute.map(|limit| {
+    fn with_clock(per_minute: Option<NonZeroU32>, clock: C) -> Self {
+        let buckets = per_minute.map(|limit| {
             let quota = Quota::per_minute(limit);
             let period = quota.replenish_interval();
-            let limiter = governor::RateLimiter::new(quota, ClientTable::new(period), clock.clone());
-            Buckets { limiter, clock, limit, period }
+            let table = ClientTable::new(period * limit.get());
+            // Before the limiter's own, so that no account is shown fuller than it is.
+            let start = clock.now();
+            let limiter = governor::RateLimiter::new(quota, table.clone(), clock.clone());
+            Buckets { limiter, table, clock, start, limit, period }
         });
         Self { buckets }
     }
 
-    /// Counts a request of `client` if it is within the limit; `None` when there is no limit.
-    pub fn check_request(&self, client: &ClientId) -> Option<LimitDecision> {
-        self.buckets.as_ref().map(|buckets| buckets.check(client))
+    /// Takes `amount` for `client` if it is within the limit.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing is taken then.
+    pub fn take(&self, client: &ClientId, amount: u32) -> Result<(), Refused> {
+        match (&self.buckets, NonZeroU32::new(amount)) {
+            (Some(buckets), Some(amount)) => buckets.take(client, amount),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a minute allows.
+    pub fn limit(&self) -> Option<u32> {
+        self.buckets.as_ref().map(|buckets| buckets.limit.get())
+    }
+
+    /// The account of `client`; `None` when there is no limit.
+    pub fn account(&self, client: &ClientId) -> Option<Account> {
+        self.buckets.as_ref().map(|buckets| buckets.account(client))
     }
 
     /// Clients in the table.
@@ -83,48 +111,38 @@ impl<C: Clock + Clone> RateLimiter<C> {
 }
 
 impl<C: Clock> Buckets<C> {
-    fn check(&self, client: &ClientId) -> LimitDecision {
+    fn take(&self, client: &ClientId, amount: NonZeroU32) -> Result<(), Refused> {
         // Read before the decision, so that a wait counted from here can only be too long.
         let now = self.clock.now();
         let limit = self.limit.get();
-        let headers = |remaining, reset| RateLimitHeaders { limit, remaining, reset };
-        match self.limiter.check_key(client) {
-            Ok(state) => {
-                let remaining = state.remaining_burst_capacity();
-                let reset = self.period * limit.saturating_sub(remaining);
-                LimitDecision { allowed: true, retry_after: Duration::ZERO, headers: headers(remaining, reset) }
-            }
-            Err(not_until) => {
-                let retry_after = not_until.wait_time_from(now);
-                let reset = retry_after + self.period * (limit - 1);
-                LimitDecision { allowed: false, retry_after, headers: headers(0, reset) }
-            }
+        match self.limiter.check_key_n(client, amount) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(not_until)) => Err(Refused::Wait { limit, retry_after: not_until.wait_time_from(now) }),
+            Err(_) => Err(Refused::TooMuch { limit }),
         }
     }
-}
 
-impl LimitDecision {
-    /// `Retry-After` in whole seconds, 1..=60: waiting so long is always enough.
-    pub fn retry_after_seconds(&self) -> u64 {
-        // A bucket refills one request in a minute at most, so the upper bound never cuts a wait short.
-        round_up(self.retry_after, 1000).clamp(1, 60)
-    }
-
-    /// `retry-after-ms`: the same in whole milliseconds.
-    pub fn retry_after_millis(&self) -> u64 {
-        round_up(self.retry_after, 1).clamp(1, 60_000)
+    fn account(&self, client: &ClientId) -> Account {
+        let now = self.clock.now().duration_since(self.start);
+        let reset = self.table.full_at(client).map_or(Duration::ZERO, |full_at| full_at.saturating_sub(now).into());
+        let limit = self.limit.get();
+        let taken = reset.as_nanos().div_ceil(self.period.as_nanos().max(1));
+        let remaining = limit.saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX));
+        Account { limit, remaining, reset }
     }
 }
 
-impl RateLimitHeaders {
-    /// Names and values, `reset` written as OpenAI does (`6m0s`, `1s`, `120ms`).
-    pub fn pairs(&self) -> [(&'static str, String); 3] {
-        [
-            ("x-ratelimit-limit-requests", self.limit.to_string()),
-            ("x-ratelimit-remaining-requests", self.remaining.to_string()),
-            ("x-ratelimit-reset-requests", reset_text(self.reset)),
-        ]
+impl Account {
+    /// What is said about it: the limit, what remains, and the time to the limit as OpenAI writes it (`6m0s`, `1s`, `120ms`).
+    pub fn texts(&self) -> [String; 3] {
+        [self.limit.to_string(), self.remaining.to_string(), reset_text(self.reset)]
     }
+}
+
+/// A wait as `Retry-After` tells it: whole seconds, 1..=60. Waiting so long is always enough.
+pub fn retry_after_seconds(wait: Duration) -> u64 {
+    // A bucket refills in a minute, so the upper bound never cuts a wait short.
+    round_up(wait, 1000).clamp(1, 60)
 }
 
 /// Whole units of `unit_millis`, rounded up.
@@ -151,9 +169,9 @@ mod tests {
 
     use super::*;
 
-    fn limiter(rpm: u32) -> (RateLimiter<FakeRelativeClock>, FakeRelativeClock) {
+    fn limiter(limit: u32) -> (RateLimiter<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();
-        (RateLimiter::with_clock(NonZeroU32::new(rpm), clock.clone()), clock)
+        (RateLimiter::with_clock(NonZeroU32::new(limit), clock.clone()), clock)
     }
 
     fn client(number: u32) -> ClientId {
@@ -162,67 +180,83 @@ mod tests {
 
     #[test]
     fn no_limit_decides_nothing() {
-        assert_eq!(RateLimiter::new(None).check_request(&client(1)), None);
+        let limiter = RateLimiter::new(None);
+        assert_eq!((limiter.take(&client(1), u32::MAX), limiter.account(&client(1))), (Ok(()), None));
     }
 
     #[test]
     fn a_minutes_worth_at_once_then_one_each_period() {
         let (limiter, clock) = limiter(3);
-        let check = || limiter.check_request(&client(1)).expect("a limit is set");
-        let remaining: Vec<u32> = (0..3).map(|_| check().headers.remaining).collect();
-        assert_eq!(remaining, [2, 1, 0]);
-        let refused = check();
-        assert!(!refused.allowed);
-        assert_eq!((refused.retry_after_seconds(), refused.retry_after_millis()), (20, 20_000));
-        assert_eq!(refused.headers, RateLimitHeaders { limit: 3, remaining: 0, reset: Duration::from_secs(60) });
-        assert!(limiter.check_request(&client(2)).expect("a limit is set").allowed, "others are not affected");
+        let remaining = || limiter.account(&client(1)).expect("a limit is set").remaining;
+        assert_eq!(remaining(), 3);
+        for left in [2, 1, 0] {
+            assert_eq!((limiter.take(&client(1), 1), remaining()), (Ok(()), left));
+        }
+        let refused = Err(Refused::Wait { limit: 3, retry_after: Duration::from_secs(20) });
+        assert_eq!(limiter.take(&client(1), 1), refused);
+        let account = Account { limit: 3, remaining: 0, reset: Duration::from_secs(60) };
+        assert_eq!(limiter.account(&client(1)), Some(account));
+        assert_eq!(limiter.take(&client(2), 1), Ok(()), "others are not affected");
         clock.advance(Duration::from_secs(20));
-        assert!(check().allowed);
-        assert!(!check().allowed);
+        assert_eq!((limiter.take(&client(1), 1), limiter.take(&client(1), 1)), (Ok(()), refused));
         assert_eq!(limiter.num_tracked_clients(), 2);
     }
 
     #[test]
-    fn resets_are_written_as_openai_writes_them() {
+    fn what_no_minute_allows_is_refused_for_good() {
+        let (limiter, _) = limiter(100);
+        assert_eq!(limiter.take(&client(1), 101), Err(Refused::TooMuch { limit: 100 }));
+        assert_eq!(limiter.take(&client(1), 100), Ok(()), "and takes nothing");
+        assert_eq!((limiter.take(&client(1), 0), limiter.limit()), (Ok(()), Some(100)));
+    }
+
+    #[test]
+    fn waits_and_resets_are_written_as_openai_writes_them() {
         let cases = [(0, "0ms"), (120, "120ms"), (999, "999ms"), (1000, "1s"), (1001, "2s"), (59_999, "1m0s")];
         for (millis, text) in cases {
             assert_eq!(reset_text(Duration::from_millis(millis)), text);
         }
         assert_eq!(reset_text(Duration::from_secs(366)), "6m6s");
+        let waits = [0, 1, 1000, 1001, 60_000].map(|millis| retry_after_seconds(Duration::from_millis(millis)));
+        assert_eq!(waits, [1, 1, 1, 2, 60]);
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
 
         /// Against an exact model of each client's bucket in whole nanoseconds; each refusal's advice is then followed
-        /// on a copy of the model and must be enough.
+        /// on the model and must be enough.
         #[test]
         fn decisions_are_those_of_an_exact_bucket(
-            rpm in 1_u32..2000,
-            events in prop::collection::vec((0_u32..3, 0_u64..40_000), 1..200),
+            limit in 1_u32..2000,
+            events in prop::collection::vec((0_u32..3, 0_u64..40_000, 1_u32..500), 1..200),
         ) {
-            let (limiter, clock) = limiter(rpm);
-            let period = (Duration::from_secs(60) / rpm).as_nanos() as u64;
+            let (limiter, clock) = limiter(limit);
+            let period = (Duration::from_secs(60) / limit).as_nanos() as u64;
             let mut full_at = [0_u64; 3];
             let mut now = 0_u64;
-            for (who, pause_millis) in events {
+            for (who, pause_millis, amount) in events {
                 now += pause_millis * 1_000_000;
                 clock.advance(Duration::from_millis(pause_millis));
-                let decision = limiter.check_request(&client(who)).expect("a limit is set");
                 let bucket = &mut full_at[who as usize];
                 let owed = bucket.saturating_sub(now);
-                let allowed = owed <= period * u64::from(rpm - 1);
-                prop_assert_eq!(decision.allowed, allowed);
-                if allowed {
-                    *bucket = now + owed + period;
-                    prop_assert_eq!(u64::from(decision.headers.remaining), (u64::from(rpm) * period - owed - period) / period);
-                    prop_assert!(decision.headers.reset.as_nanos() as u64 >= owed + period);
-                } else {
-                    let wait = decision.retry_after_millis() * 1_000_000;
-                    prop_assert!(owed.saturating_sub(wait) <= period * u64::from(rpm - 1));
-                    prop_assert!(decision.retry_after_seconds() * 1000 >= decision.retry_after_millis());
-                    prop_assert_eq!(decision.headers.reset.as_nanos() as u64, owed);
+                match limiter.take(&client(who), amount) {
+                    Err(Refused::TooMuch { .. }) => prop_assert!(amount > limit),
+                    Err(Refused::Wait { retry_after, .. }) => {
+                        let room = period * u64::from(limit - amount);
+                        prop_assert!(owed > room);
+                        prop_assert_eq!(retry_after.as_nanos() as u64, owed - room);
+                        prop_assert!(Duration::from_secs(retry_after_seconds(retry_after)) >= retry_after);
+                    }
+                    Ok(()) => {
+                        prop_assert!(amount <= limit && owed <= period * u64::from(limit - amount));
+                        *bucket = now + owed + period * u64::from(amount);
+                    }
                 }
+                let account = limiter.account(&client(who)).expect("a limit is set");
+                let owed = bucket.saturating_sub(now);
+                prop_assert_eq!(account.reset.as_nanos() as u64, owed);
+                prop_assert_eq!(u64::from(account.remaining), (u64::from(limit) * period - owed) / period);
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -20,12 +20,12 @@ const MAX_CLIENTS: usize = (1 << 19) / 8 * 7;
 /// Least time between two searches for forgettable clients in a full table.
 const SWEEP_INTERVAL_NANOS: u64 = 1_000_000_000;
 
-/// State of every client: the time at which its bucket is full again.
-#[derive(Debug)]
+/// State of every client: the time at which its bucket is full again. Clones are the same table.
+#[derive(Clone, Debug)]
 pub(super) struct ClientTable {
-    state: Mutex<State>,
-    /// Time in which one request refills.
-    period_nanos: u64,
+    state: Arc<Mutex<State>>,
+    /// Time in which the most that is ever taken at once refills.
+    largest_nanos: u64,
     max_clients: usize,
 }
 
@@ -38,12 +38,21 @@ struct State {
 }
 
 impl ClientTable {
-    pub(super) fn new(period: Duration) -> Self {
-        Self::with_capacity(period, MAX_CLIENTS)
+    /// Of buckets from which at most what refills in `largest` is taken at once.
+    pub(super) fn new(largest: Duration) -> Self {
+        Self::with_capacity(largest, MAX_CLIENTS)
     }
 
-    fn with_capacity(period: Duration, max_clients: usize) -> Self {
-        Self { state: Mutex::default(), period_nanos: Nanos::from(period).as_u64(), max_clients }
+    fn with_capacity(largest: Duration, max_clients: usize) -> Self {
+        Self { state: Arc::default(), largest_nanos: Nanos::from(largest).as_u64(), max_clients }
+    }
+
+    /// When the bucket of `client` is full again; `None`: it is.
+    pub(super) fn full_at(&self, client: &ClientId) -> Option<Nanos> {
+        self.locked(|state| {
+            let newcomer = || state.overflow.filter(|_| state.clients.len() >= self.max_clients);
+            state.clients.get(client).copied().or_else(newcomer)
+        })
     }
 
     fn locked<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
@@ -64,9 +73,10 @@ impl StateStore for ClientTable {
                 *full_at = next;
                 return Ok(outcome);
             }
-            // A newcomer's bucket is full now and will be again one period from now: that tells the time.
+            // A newcomer's bucket is full now and will be again when what it takes has refilled: now is not before that time less
+            // the longest.
             let (outcome, next) = measure(None)?;
-            let now_nanos = next.as_u64().saturating_sub(self.period_nanos);
+            let now_nanos = next.as_u64().saturating_sub(self.largest_nanos);
             if state.clients.len() >= self.max_clients && now_nanos >= state.next_sweep_nanos {
                 state.next_sweep_nanos = now_nanos + SWEEP_INTERVAL_NANOS;
                 state.clients.retain(|_, full_at| full_at.as_u64() > now_nanos);

@@ -64,6 +64,7 @@ pub(super) struct Families {
     pub(super) kv_config: IntGaugeVec,
     pub(super) prefix_cache_queried: IntCounter,
     pub(super) prefix_cache_hit: IntCounter,
+    pub(super) speculation_forced: IntCounter,
     pub(super) speculation_drafted: IntCounter,
     pub(super) speculation_accepted: IntCounter,
     pub(super) response_cache_lookups: IntCounterVec,
@@ -185,6 +186,10 @@ impl Families {
                 .counter("prefix_cache_queried_tokens_total", "Prompt tokens looked for in the prefix cache."),
             prefix_cache_hit: model
                 .counter("prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."),
+            speculation_forced: model.counter(
+                "speculation_forced_tokens_total",
+                "Tokens that a step computed ahead because an output rule allowed nothing else.",
+            ),
             speculation_drafted: model
                 .counter("speculation_drafted_tokens_total", "Tokens guessed and computed to be verified."),
             speculation_accepted: model.counter("speculation_accepted_tokens_total", "Guessed tokens that came true."),

@@ -198,8 +198,10 @@ impl Metrics {
         self.families.prefix_cache_hit.inc_by(hit_tokens as u64);
     }
 
-    /// A step verified so many guesses for a sequence, and so many came true.
-    pub fn record_speculation(&self, drafted: usize, accepted: usize) {
+    /// A step computed so many tokens ahead for a sequence that were sure to come, and verified so many guesses, of which so many
+    /// came true.
+    pub fn record_speculation(&self, forced: usize, drafted: usize, accepted: usize) {
+        self.families.speculation_forced.inc_by(forced as u64);
         self.families.speculation_drafted.inc_by(drafted as u64);
         self.families.speculation_accepted.inc_by(accepted as u64);
     }

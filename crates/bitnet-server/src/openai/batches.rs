@@ -119,6 +119,9 @@ pub struct BatchObject {
     pub cancelled_at: Option<u64>,
     /// Lines.
     pub request_counts: RequestCounts,
+    /// Tokens of the lines that are answered.
+    #[serde(default)]
+    pub usage: BatchUsage,
     /// What the caller noted down.
     pub metadata: Option<IndexMap<String, String>>,
 }
@@ -154,6 +157,7 @@ impl BatchObject {
             cancelling_at: None,
             cancelled_at: None,
             request_counts: RequestCounts::default(),
+            usage: BatchUsage::default(),
             metadata: request.metadata,
         }
     }
@@ -195,6 +199,50 @@ pub struct RequestCounts {
     pub completed: u64,
     /// Answered with an error.
     pub failed: u64,
+}
+
+/// Tokens of a batch, or of one answer by the names of any endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct BatchUsage {
+    /// Of prompts.
+    #[serde(alias = "prompt_tokens")]
+    pub input_tokens: u64,
+    /// Of them.
+    #[serde(alias = "prompt_tokens_details")]
+    pub input_tokens_details: BatchInputDetails,
+    /// Generated.
+    #[serde(alias = "completion_tokens")]
+    pub output_tokens: u64,
+    /// Of them.
+    #[serde(skip_deserializing)]
+    pub output_tokens_details: BatchOutputDetails,
+    /// Both.
+    pub total_tokens: u64,
+}
+
+/// Of a batch's prompts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct BatchInputDetails {
+    /// Found in the prefix cache.
+    pub cached_tokens: u64,
+}
+
+/// Of what a batch generated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct BatchOutputDetails {
+    /// Always 0.
+    pub reasoning_tokens: u64,
+}
+
+impl std::ops::AddAssign for BatchUsage {
+    fn add_assign(&mut self, other: Self) {
+        self.input_tokens += other.input_tokens;
+        self.input_tokens_details.cached_tokens += other.input_tokens_details.cached_tokens;
+        self.output_tokens += other.output_tokens;
+        self.total_tokens += other.total_tokens;
+    }
 }
 
 /// `errors` of a batch.
@@ -271,9 +319,31 @@ pub struct LineResponse {
     pub body: Box<RawValue>,
 }
 
-/// What of an output line says that its input line is done.
+/// What of an output line says that its input line is done, and what it took.
 #[derive(Clone, Debug, Deserialize)]
 pub struct AnsweredLine {
     /// The one of the input line.
     pub custom_id: String,
+    /// The answer.
+    #[serde(default)]
+    response: AnsweredResponse,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct AnsweredResponse {
+    body: Option<AnsweredBody>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct AnsweredBody {
+    usage: Option<BatchUsage>,
+}
+
+impl AnsweredLine {
+    /// The tokens it took; an error took none.
+    pub fn usage(&self) -> BatchUsage {
+        self.response.body.as_ref().and_then(|body| body.usage).unwrap_or_default()
+    }
 }

@@ -20,8 +20,8 @@ mod tokens;
 mod tools;
 
 pub use batches::{
-    AnsweredLine, BatchEndpoint, BatchError, BatchErrors, BatchObject, BatchRequest, BatchStatus, InputLine,
-    LineResponse, OutputLine, RequestCounts,
+    AnsweredLine, BatchEndpoint, BatchError, BatchErrors, BatchObject, BatchRequest, BatchStatus, BatchUsage,
+    InputLine, LineResponse, OutputLine, RequestCounts,
 };
 pub use chat::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs, ChatTokenLogprob,

@@ -54,11 +54,19 @@ pub struct ChatOptions {
     pub tools: Option<Value>,
     /// Further template variables.
     pub extra: Map<String, Value>,
+    /// A prompt of more tokens need not be read to its end: it is too long, and other tokens come back.
+    pub most_tokens: usize,
 }
 
 impl Default for ChatOptions {
     fn default() -> Self {
-        Self { add_generation_prompt: true, continue_final_message: false, tools: None, extra: Map::new() }
+        Self {
+            add_generation_prompt: true,
+            continue_final_message: false,
+            tools: None,
+            extra: Map::new(),
+            most_tokens: usize::MAX,
+        }
     }
 }
 
@@ -115,13 +123,21 @@ impl ChatPrompter {
         let conversation = self.conversation(messages, options);
         let disguised = self.specials.disguise(&conversation);
         let text = self.rendered(&disguised.conversation, options)?;
-        let mut ids = self.tokenizer.encode_with_stand_ins(&text, &disguised.stand_ins, true)?;
+        let mut ids = self.tokenizer.encode_with_stand_ins(&text, &disguised.stand_ins, true, options.most_tokens)?;
         if let Some(bos) = self.tokenizer.bos()
             && ids.starts_with(&[bos, bos])
         {
             ids.remove(0);
         }
         Ok(ids)
+    }
+
+    /// As [`Self::encode_text`] with special tokens, and no further than it takes to see that it is more than `most`.
+    ///
+    /// # Errors
+    /// [`PromptError::Tokenizer`].
+    pub fn encode_text_within(&self, text: &str, most: usize) -> Result<Vec<TokenId>, PromptError> {
+        Ok(self.tokenizer.encode_with_stand_ins(text, &[], true, most)?)
     }
 
     /// A plain text as token ids; `<|eot_id|>` and its like are read as special tokens.

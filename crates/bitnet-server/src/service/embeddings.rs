@@ -46,6 +46,7 @@ impl Service {
         let request = |(index, prompt)| self.vector_request(index, prompt, pooling, priority.unwrap_or(0), caller);
         let prompts = prompts.into_iter().map(|prompt| prompt.tokens).enumerate();
         let requests = prompts.map(request).collect::<Result<Vec<_>, _>>()?;
+        self.charge(INPUT, &requests, caller)?;
 
         let (metrics, patience) = (std::sync::Arc::clone(&self.metrics), self.slow_reader_timeout);
         let mut meter = Meter::new(metrics, caller.arrival, requests.len(), true, patience);
@@ -78,10 +79,10 @@ impl Service {
         priority: i64,
         caller: Caller,
     ) -> Result<GenerationRequest, ServiceError> {
-        let (context, len) = (self.card.max_model_len, prompt.len());
-        if len > context {
+        let context = self.card.max_model_len;
+        if prompt.len() > context {
             let message = format!(
-                "This model's maximum context length is {context} tokens, but input {index} has {len}. Please shorten it."
+                "This model's maximum context length is {context} tokens, but input {index} has more. Please shorten it."
             );
             return Err(ServiceError::ContextLength { param: INPUT, message });
         }

@@ -2,6 +2,7 @@
 
 use crate::{
     engine::{EngineError, SubmitError},
+    limits::{Refused, retry_after_seconds},
     openai::{BodyError, BodyErrorKind},
 };
 
@@ -61,6 +62,16 @@ pub enum ServiceError {
         /// Its category.
         category: String,
     },
+    /// The caller's own limit.
+    #[error("Rate limit reached: {limit} {unit} per minute. Please try again in {retry_after_seconds} seconds.")]
+    RateLimited {
+        /// What is counted.
+        unit: &'static str,
+        /// What a minute allows.
+        limit: u32,
+        /// Waiting so long is enough.
+        retry_after_seconds: u64,
+    },
     /// The queue is full.
     #[error("The server is overloaded: its queue is full. Please retry later.")]
     Overloaded {
@@ -91,6 +102,23 @@ pub enum ServiceError {
 }
 
 impl ServiceError {
+    /// The caller's limit of `unit` a minute does not allow it; `asked` is the field at fault and what it comes to.
+    pub fn refused_by_limit(refused: Refused, unit: &'static str, asked: Option<(&str, usize)>) -> Self {
+        match refused {
+            Refused::Wait { limit, retry_after } => {
+                Self::RateLimited { unit, limit, retry_after_seconds: retry_after_seconds(retry_after) }
+            }
+            Refused::TooMuch { limit } => Self::Invalid {
+                param: asked.map(|(param, _)| param.to_owned()),
+                message: format!(
+                    "This request needs {} {unit}, prompt and possible completion together, and the limit is {limit} per minute. \
+                     Please shorten it or lower max_tokens.",
+                    asked.map_or(1, |(_, amount)| amount)
+                ),
+            },
+        }
+    }
+
     /// `param` has a wrong value.
     pub fn invalid(param: &str, message: impl Into<String>) -> Self {
         Self::Invalid { param: Some(param.to_owned()), message: message.into() }

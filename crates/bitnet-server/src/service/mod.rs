@@ -37,6 +37,7 @@ pub use request::{ChatRequest, MaxTokens, RequestRules, Settings, TextRequest};
 pub use responses::ResponseAnswer;
 
 use std::{
+    num::NonZeroU32,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -47,7 +48,7 @@ use crate::{
     engine::{EngineHandle, GenerationRequest, OutputRule, SequenceStream, SubmitPermit},
     filter::ContentFilter,
     grammar::GrammarCompiler,
-    limits::ClientId,
+    limits::{ClientId, RateLimiter},
     metrics::{CacheResult, CancelCause, FilterDirection, Metrics, SecurityEvent},
     openai::{ChatCompletionRequest, CompletionRequest, ResponseRequest, Truncation},
     prompt::ChatPrompter,
@@ -72,6 +73,8 @@ pub struct Parts {
     pub engine: EngineHandle,
     /// Tokens that end a generation.
     pub stop_tokens: Vec<TokenId>,
+    /// Tokens a minute for each client; `None`: no limit.
+    pub tokens_per_minute: Option<NonZeroU32>,
     /// Ranges and defaults.
     pub rules: RequestRules,
     /// The content filter, if there are rules.
@@ -94,6 +97,7 @@ pub struct Service {
     engine: EngineHandle,
     stop_tokens: Arc<[TokenId]>,
     grammars: Arc<GrammarCompiler>,
+    token_limiter: RateLimiter,
     rules: RequestRules,
     filter: Option<ContentFilter>,
     cache: Arc<ResponseCache<CachedAnswer>>,
@@ -114,6 +118,8 @@ pub struct Caller {
     pub client: ClientId,
     /// When the request arrived.
     pub arrival: Instant,
+    /// Whether its tokens are counted. Those of batches are not: their lines wait until nobody else does.
+    pub is_limited: bool,
 }
 
 impl Service {
@@ -126,6 +132,7 @@ impl Service {
             prompter: Arc::new(parts.prompter),
             engine: parts.engine,
             stop_tokens: parts.stop_tokens.into(),
+            token_limiter: RateLimiter::new(parts.tokens_per_minute),
             rules: parts.rules,
             filter: parts.filter,
             cache: Arc::new(ResponseCache::new(parts.response_cache_bytes, ANSWERS_KEPT_FOR)),
@@ -170,19 +177,28 @@ impl Service {
         self.card.generates()?;
         let request = ChatRequest::parse(wire, &self.rules)?;
         let settings = request.settings;
+        let context = self.card.max_model_len;
+        if request.messages.len() > context && truncation == Truncation::Disabled {
+            let message = format!(
+                "More messages than this model's context of {context} tokens has room for. Please shorten them."
+            );
+            return Err(ServiceError::ContextLength { param: "messages", message });
+        }
         let places = self.reserve(1)?;
         let constraint = self.constraint(settings.rule.as_ref()).await?;
         let messages = self.screened_messages(request.messages)?;
-        let options = request.prompt;
+        let mut options = request.prompt;
+        options.most_tokens = context;
         let continues = options.continue_final_message;
         let asked = settings.max_tokens.filter(|max| max.requested).map_or(1, |max| max.tokens);
-        let room = self.card.max_model_len.saturating_sub(asked);
+        let room = context.saturating_sub(asked);
         let encode = move |prompter: &ChatPrompter| match truncation {
             Truncation::Disabled => prompter.encode_chat(&messages, &options),
             Truncation::Auto => encode_newest(prompter, &messages, &options, room),
         };
         let prompt = self.with_prompter(encode, "messages").await?;
         let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
+        self.charge("messages", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
         Ok((settings, generation))
@@ -207,6 +223,7 @@ impl Service {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
         let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
+        self.charge("prompt", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
         settings.logprobs = shown_logprobs;
@@ -240,14 +257,21 @@ impl Service {
             return Err(ServiceError::invalid(param, format!("'{param}' holds no tokens.")));
         }
         let room = context.saturating_sub(len);
+        // What nobody asked for is no reason to refuse a request: it ends where the caller's minute does.
+        let limit = self.token_limiter.limit().filter(|_| caller.is_limited);
+        let allowed =
+            limit.map_or(room, |limit| (limit as usize).saturating_sub(len) / settings.num_choices.max(1) as usize);
+        let most = room.min(allowed).max(1);
         let max_tokens = match settings.max_tokens {
             Some(max) if max.requested => max.tokens,
-            Some(max) => max.tokens.min(room.max(1)),
-            None => room.max(1),
+            Some(max) => max.tokens.min(most),
+            None => most,
         };
         if max_tokens > room {
+            // Of a prompt that is too long alone, not even the tokenizer knows how long it is.
+            let asked = if len > context { format!("more than {context}") } else { len.to_string() };
             let message = format!(
-                "This model's maximum context length is {context} tokens, but {len} tokens of prompt and {max_tokens} of \
+                "This model's maximum context length is {context} tokens, but {asked} tokens of prompt and {max_tokens} of \
                  completion were asked for. Please shorten the prompt or lower max_tokens."
             );
             return Err(ServiceError::ContextLength { param, message });
@@ -274,6 +298,25 @@ impl Service {
             deadline: Some(caller.arrival + self.request_timeout),
             arrival: caller.arrival,
         })
+    }
+
+    /// Counts the tokens of `requests`, whose prompts came in field `param`, as those of the caller: all that may be computed,
+    /// before any of it is.
+    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: Caller) -> Result<(), ServiceError> {
+        if !caller.is_limited {
+            return Ok(());
+        }
+        let tokens = |request: &GenerationRequest| {
+            request.max_tokens.saturating_mul(request.num_choices as usize).saturating_add(request.prompt.len())
+        };
+        let total = requests.iter().map(tokens).fold(0, usize::saturating_add);
+        let taken = self.token_limiter.take(&caller.client, u32::try_from(total).unwrap_or(u32::MAX));
+        taken.map_err(|refused| ServiceError::refused_by_limit(refused, "tokens", Some((param, total))))
+    }
+
+    /// The tokens of each client.
+    pub fn token_limiter(&self) -> &RateLimiter {
+        &self.token_limiter
     }
 
     /// Submits `requests`, reads along where the same ones run, or replays what they got before. `continues`: the text goes on from the prompt's.

@@ -73,13 +73,13 @@ impl Service {
         param: &'static str,
         prompt: Prompt,
     ) -> Result<Vec<TextPrompt>, ServiceError> {
-        let tokenizer = Arc::clone(self.prompter.tokenizer());
+        let (tokenizer, context) = (Arc::clone(self.prompter.tokenizer()), self.card.max_model_len);
         match prompt {
             Prompt::Texts(texts) => {
                 let texts = texts.into_iter().map(|text| self.screened(param, text)).collect::<Result<Vec<_>, _>>()?;
                 let encode = move |prompter: &ChatPrompter| {
                     let encode = |text: String| {
-                        let tokens = prompter.encode_text(&text, true)?;
+                        let tokens = prompter.encode_text_within(&text, context)?;
                         let hidden_bos = tokens.first().is_some_and(|first| Some(*first) == tokenizer.bos());
                         Ok(TextPrompt { tokens, text, hidden_bos })
                     };
@@ -90,6 +90,9 @@ impl Service {
             Prompt::Tokens(prompts) => prompts
                 .into_iter()
                 .map(|ids| {
+                    if ids.len() > context {
+                        return Err(ServiceError::ContextLength { param, message: format!("'{param}' holds {} tokens, and this model's maximum context length is {context}. Please shorten it.", ids.len()) });
+                    }
                     let tokens: Vec<_> = ids.into_iter().map(TokenId).collect();
                     let hidden_bos = tokens.first().is_some_and(|first| Some(*first) == tokenizer.bos());
                     let text = tokenizer.decode(&tokens[usize::from(hidden_bos)..], false);

@@ -137,6 +137,7 @@ impl ChatRequest {
             continue_final_message: wire.prompt.continue_final_message,
             tools: wire.tools.as_ref().map(|tools| tools.listed.clone()),
             extra: wire.prompt.template_variables,
+            ..ChatOptions::default()
         };
         if let Some(tools) = wire.tools {
             settings.rule = Some(call_rule(tools, settings.rule)?);

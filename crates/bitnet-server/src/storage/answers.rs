@@ -3,7 +3,7 @@
 use std::{collections::HashSet, fs, sync::Arc};
 
 use super::{LineFile, Storage, StorageError, Stored, disk};
-use crate::openai::{BatchObject, FileObject, FilePurpose};
+use crate::openai::{BatchObject, BatchUsage, FileObject, FilePurpose};
 
 /// Which of the two files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +93,10 @@ impl Answers {
 
     fn count(&self) {
         let [completed, failed] = self.files.each_ref().map(|(_, file)| file.num_lines());
+        let mut usage = BatchUsage::default();
+        self.files.iter().for_each(|(_, file)| usage += file.usage());
         self.storage.count(&self.batch, |batch| {
+            batch.usage = usage;
             batch.request_counts.completed = completed;
             batch.request_counts.failed = failed;
         });

@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use crate::openai::AnsweredLine;
+use crate::openai::{AnsweredLine, BatchUsage};
 
 /// A file of answers.
 #[derive(Debug)]
@@ -16,6 +16,7 @@ pub struct LineFile {
     file: File,
     bytes: u64,
     num_lines: u64,
+    usage: BatchUsage,
 }
 
 impl LineFile {
@@ -25,7 +26,7 @@ impl LineFile {
     /// What the operating system says.
     pub fn open(path: &Path, done: &mut HashSet<String>) -> io::Result<Self> {
         let file = File::options().read(true).append(true).create(true).open(path)?;
-        let (mut bytes, mut num_lines) = (0, 0);
+        let (mut bytes, mut num_lines, mut usage) = (0, 0, BatchUsage::default());
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
         loop {
@@ -33,6 +34,7 @@ impl LineFile {
             reader.read_until(b'\n', &mut line)?;
             let whole = line.ends_with(b"\n");
             let Some(answer) = serde_json::from_slice::<AnsweredLine>(&line).ok().filter(|_| whole) else { break };
+            usage += answer.usage();
             done.insert(answer.custom_id);
             bytes += line.len() as u64;
             num_lines += 1;
@@ -41,7 +43,7 @@ impl LineFile {
             file.set_len(bytes)?;
             file.sync_all()?;
         }
-        Ok(Self { file, bytes, num_lines })
+        Ok(Self { file, bytes, num_lines, usage })
     }
 
     /// Adds one line, which ends with a line feed. It is on disk when this returns; after an error nothing of it is there.
@@ -56,12 +58,19 @@ impl LineFile {
         }
         self.bytes += line.len() as u64;
         self.num_lines += 1;
+        self.usage +=
+            serde_json::from_slice(line).map_or_else(|_| BatchUsage::default(), |line: AnsweredLine| line.usage());
         Ok(())
     }
 
     /// Bytes in it.
     pub fn num_bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Tokens of the answers in it.
+    pub fn usage(&self) -> BatchUsage {
+        self.usage
     }
 
     /// Lines in it.

@@ -92,6 +92,9 @@ fn a_directory_has_one_server_and_one_layout() {
     assert!(error.contains("bitnet-data 9"), "{error}");
 }
 
+const ANSWER_A: &[u8] = br#"{"custom_id":"a","response":{"body":{"usage":{"prompt_tokens":7,"completion_tokens":5,"total_tokens":12,"prompt_tokens_details":{"cached_tokens":2}}}}}
+"#;
+
 #[test]
 fn half_a_line_is_cut_off_and_whole_ones_are_done() {
     let folder = Folder::new("answers");
@@ -102,7 +105,7 @@ fn half_a_line_is_cut_off_and_whole_ones_are_done() {
     let open = storage.open_batches().remove(0);
     let (mut answers, done) = storage.answers(&open).unwrap();
     assert!(done.is_empty());
-    answers.add(Outcome::Answered, b"{\"custom_id\":\"a\"}\n").unwrap();
+    answers.add(Outcome::Answered, ANSWER_A).unwrap();
     answers.add(Outcome::Failed, b"{\"custom_id\":\"b\"}\n").unwrap();
     let path = storage.data_path(&open.answers.as_ref().unwrap()[0]);
     drop((answers, storage));
@@ -115,12 +118,15 @@ fn half_a_line_is_cut_off_and_whole_ones_are_done() {
     let (mut answers, done) = storage.answers(&open).unwrap();
     assert_eq!(done, ["a", "b"].map(str::to_owned).into());
     assert_eq!(storage.batch(client(1), &batch.id).unwrap().request_counts.completed, 1);
+    let usage = storage.batch(client(1), &batch.id).unwrap().usage;
+    let cached = usage.input_tokens_details.cached_tokens;
+    assert_eq!((usage.input_tokens, cached, usage.output_tokens, usage.total_tokens), (7, 2, 5, 12));
     answers.add(Outcome::Answered, b"{\"custom_id\":\"c\"}\n").unwrap();
     let [output, errors] = answers.finish(11).unwrap();
     let (object, mut file) = storage.content(client(1), &output.unwrap()).unwrap();
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "{\"custom_id\":\"a\"}\n{\"custom_id\":\"c\"}\n");
+    assert_eq!(text.as_bytes(), [ANSWER_A, b"{\"custom_id\":\"c\"}\n"].concat());
     assert_eq!((object.bytes, object.purpose), (text.len() as u64, FilePurpose::BatchOutput));
     assert!(storage.file(client(1), &errors.unwrap()).is_ok());
 }

@@ -169,6 +169,7 @@ impl Setup {
             prompter,
             engine,
             stop_tokens: vec![TokenId(EOT)],
+            tokens_per_minute: config.rate_limit_tpm,
             rules: RequestRules {
                 max_choices: config.max_n,
                 vocab_size: VOCAB,

@@ -142,6 +142,59 @@ async fn a_caller_over_his_limit() {
 }
 
 #[tokio::test]
+async fn a_caller_over_his_limit_of_tokens() {
+    let mut setup = Setup::saying("x");
+    setup.config.rate_limit_tpm = NonZeroU32::new(200);
+    let server = setup.start();
+    // Within some seconds, in which a few tokens come back.
+    let assert_remaining = |reply: &Reply, tokens: u64| {
+        let remaining: u64 = reply.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
+        assert!((tokens..tokens + 15).contains(&remaining), "{remaining} instead of {tokens}");
+    };
+    let post = async |path: &str, body: Value| server.post(path, body.to_string()).await;
+    // Eight bytes and the BOS, two answers.
+    let first = post("/v1/completions", json!({"prompt": "8 bytes.", "max_tokens": 20, "n": 2})).await;
+    assert_eq!(first.status, StatusCode::OK);
+    assert_remaining(&first, 151);
+    assert_eq!(first.header("x-ratelimit-limit-tokens"), Some("200"));
+    assert!(first.header("x-ratelimit-reset-tokens").is_some() && first.header("x-ratelimit-limit-requests").is_none());
+
+    let hello = json!([{"role": "user", "content": "hello"}]);
+    let chat = post("/v1/chat/completions", json!({"messages": hello, "max_tokens": 20})).await;
+    let counted = 20 + chat.json()["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_remaining(&chat, 151 - counted);
+    let response = post("/v1/responses", json!({"input": "hello", "max_output_tokens": 20})).await;
+    assert_remaining(&response, 151 - 2 * counted);
+
+    // Nobody said how long the answer may be: all that a minute allows.
+    let refused = post("/v1/chat/completions", json!({"messages": hello})).await;
+    assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
+    let error = refused.error();
+    assert_eq!((&error["type"], &error["code"]), (&json!("rate_limit_error"), &json!("rate_limit_exceeded")));
+    assert!(error["message"].as_str().unwrap().contains("200 tokens per minute"), "{error}");
+    let seconds: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((1..=60).contains(&seconds));
+
+    let never = post("/v1/completions", json!({"prompt": "8 bytes.", "max_tokens": 220})).await;
+    assert_eq!((never.status, never.header("x-should-retry")), (StatusCode::BAD_REQUEST, Some("false")));
+    let error = never.error();
+    assert_eq!((&error["param"], &error["code"]), (&json!("prompt"), &json!("invalid_value")));
+    assert!(error["message"].as_str().unwrap().starts_with("This request needs 229 tokens"), "{error}");
+    assert!(server.get("/v1/models").await.header("x-ratelimit-remaining-tokens").is_some(), "it counts nothing");
+}
+
+#[tokio::test]
+async fn inputs_of_embeddings_are_counted() {
+    let mut setup = Setup { pooling: Some(Pooling::Mean), ..Setup::saying("x") };
+    setup.config.rate_limit_tpm = NonZeroU32::new(20);
+    let server = setup.start();
+    let embed = async |texts: &[&str]| server.post("/v1/embeddings", json!({"input": texts}).to_string()).await;
+    assert_eq!(embed(&["12345", "1234567"]).await.status, StatusCode::OK);
+    assert_eq!(embed(&["12345", "1234567"]).await.status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(embed(&["12345", "123456789012345"]).await.error()["param"], "input");
+}
+
+#[tokio::test]
 async fn request_ids_are_kept_when_sane() {
     let server = Setup::saying("x").start();
     let with_id = async |id: &str| {
