@@ -17,7 +17,7 @@ use memmap2::{MmapMut, MmapRaw};
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Memory to be taken piece by piece. What was not taken was never touched, so it takes no memory.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Arena(Arc<Pages>);
 
 #[derive(Debug)]

@@ -3,8 +3,8 @@
 use super::{Isa, TernaryKernel, packing::PackedLayout};
 
 /// For a single token, which does little else than read, which is faster is a property of the machine, to be measured: on an
-/// Emerald Rapids core the hardware alone leaves a third of the bandwidth unused, on a Zen 4 core asking for every line leaves
-/// as much. Products of several tokens multiply for long between two lines, and asking is faster on both (8 tokens on Zen 4:
+/// Emerald Rapids core the hardware alone leaves a third of the bandwidth unused, on a Zen 4 core asking for every line
+/// costs a tenth to a half. Products of several tokens multiply for long between two lines, and asking is faster on both (8 tokens on Zen 4:
 /// a tenth).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Prefetch {

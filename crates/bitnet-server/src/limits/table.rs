@@ -20,7 +20,8 @@ const MAX_CLIENTS: usize = (1 << 19) / 8 * 7;
 /// Least time between two searches for forgettable clients in a full table.
 const SWEEP_INTERVAL_NANOS: u64 = 1_000_000_000;
 
-/// State of every client: the time at which its bucket is full again. Clones are the same table.
+/// State of every client: the time at which its bucket is full again. Clones are the same table: the limiter keeps its own to
+/// itself, and accounts are read beside it.
 #[derive(Clone, Debug)]
 pub(super) struct ClientTable {
     state: Arc<Mutex<State>>,

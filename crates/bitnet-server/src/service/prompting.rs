@@ -91,7 +91,11 @@ impl Service {
                 .into_iter()
                 .map(|ids| {
                     if ids.len() > context {
-                        return Err(ServiceError::ContextLength { param, message: format!("'{param}' holds {} tokens, and this model's maximum context length is {context}. Please shorten it.", ids.len()) });
+                        let message = format!(
+                            "'{param}' holds {} tokens, and this model's maximum context length is {context}. Please shorten it.",
+                            ids.len()
+                        );
+                        return Err(ServiceError::ContextLength { param, message });
                     }
                     let tokens: Vec<_> = ids.into_iter().map(TokenId).collect();
                     let hidden_bos = tokens.first().is_some_and(|first| Some(*first) == tokenizer.bos());

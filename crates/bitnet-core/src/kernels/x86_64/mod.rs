@@ -228,8 +228,8 @@ fn write_outputs(sums: &PanelSums, x: &QuantizedActivations<'_>, token: usize, s
 /// What [`Divisor`] divides by: nothing it computes leaves the normal numbers when the dividend is an integer.
 const DIVISORS: RangeInclusive<f32> = 1.0 / (1_u64 << 40) as f32..=(1_u64 << 40) as f32;
 
-/// Divides many numbers by one, to the bit of a division, in a quarter of the time: every output of a product is divided, and
-/// multiplying is what these CPUs do fast.
+/// Divides many numbers by one, to the bit of a division, by multiplying: every output of a product is divided, and these CPUs
+/// begin a multiplication each cycle, but a division only every few.
 ///
 /// `q`, the dividend times a reciprocal of twice the precision, is the quotient or a neighbour of it: off by half a place, for
 /// the last rounding, and 2^-23 of one for those before. So the remainder `a - q s` is exact, and the quotient is what
