@@ -72,13 +72,18 @@ impl ByteLevel {
     }
 
     fn encode_plain(&self, model: &Bpe, text: &str, stand_ins: &[(char, char)], most: usize, ids: &mut Vec<TokenId>) {
+        // Tokens spell every byte, and none is longer than the longest: of a longer text this much has more than `most`. A
+        // stand-in of at most four bytes may take the place of one.
+        let enough = most.saturating_add(1).saturating_mul(self.longest);
+        let within = |text: &str, bytes: usize| text.floor_char_boundary(bytes.saturating_add(3));
         let text: Cow<'_, str> = match stand_ins {
             [] => text.into(),
-            _ => text.chars().map(|c| original_of(c, stand_ins)).collect(),
+            _ => {
+                let text = &text[..within(text, enough.saturating_mul(4))];
+                text.chars().map(|c| original_of(c, stand_ins)).collect()
+            }
         };
-        // Tokens spell every byte, and none is longer than the longest: of a longer text this much has more than `most`.
-        let enough = most.saturating_add(1).saturating_mul(self.longest);
-        let text = &text[..text.floor_char_boundary(enough.saturating_add(3))];
+        let text = &text[..within(&text, enough)];
         let mut spelled = String::new();
         let mut encode = |piece: &str, ids: &mut Vec<TokenId>| {
             spelled.clear();

@@ -104,7 +104,7 @@ impl Tokenizer {
     /// Text -> ids, special tokens read as such, where characters of the text stand in for others: each `(stand_in,
     /// original)` takes its place back only after the special tokens were found. So a text that writes `<|eot_id|>` with
     /// a stand-in for its first character keeps it as plain text, and everything else tokenizes as if nothing had been
-    /// replaced. Stand-ins should be private-use characters, which no normalizer touches.
+    /// replaced. Stand-ins should be private or unassigned characters, which no normalizer touches.
     ///
     /// A text of more than `most` tokens need not be read to its end: other tokens come back then, and more than `most`.
     ///

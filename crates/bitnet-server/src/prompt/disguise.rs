@@ -1,14 +1,14 @@
 //! Content stays text. Wherever a caller's words contain the text of a special token, its first character is replaced by a
-//! private-use stand-in before the template sees them; the tokenizer puts it back after it has found the special tokens,
+//! stand-in that nobody writes before the template sees them; the tokenizer puts it back after it has found the special tokens,
 //! which by then are the template's own. One character for one keeps lengths, trimming and joins as they were, and
 //! conversations without such texts, practically all, pass untouched.
 
-use std::{borrow::Cow, collections::BTreeSet};
+use std::{borrow::Cow, collections::BTreeSet, ops::RangeInclusive};
 
 use aho_corasick::AhoCorasick;
 use serde_json::Value;
 
-use super::template::Conversation;
+use super::template::{Conversation, TemplateError};
 
 /// Finds the texts of special tokens.
 #[derive(Debug)]
@@ -34,77 +34,78 @@ impl SpecialFinder {
     }
 
     /// Hides every special text that a caller wrote, in any string of the conversation.
-    pub(super) fn disguise<'a>(&self, conversation: &'a Conversation) -> Disguised<'a> {
-        let mut scan = Scan { finder: self, originals: BTreeSet::new(), private: BTreeSet::new() };
-        for value in strings_of(conversation) {
-            scan.look_at(value);
+    ///
+    /// # Errors
+    /// [`TemplateError::Refused`] when the conversation leaves no character to stand in: megabytes of it, made for that.
+    pub(super) fn disguise<'a>(&self, conversation: &'a Conversation) -> Result<Disguised<'a>, TemplateError> {
+        let mut originals = BTreeSet::new();
+        for_each_text(conversation, &mut |text| {
+            originals.extend(self.starts(text).into_iter().filter_map(|at| text[at..].chars().next()));
+        });
+        if originals.is_empty() {
+            return Ok(Disguised { conversation: Cow::Borrowed(conversation), stand_ins: Vec::new() });
         }
-        if scan.originals.is_empty() {
-            return Disguised { conversation: Cow::Borrowed(conversation), stand_ins: Vec::new() };
+        let mut is_used = vec![false; 1 + char::MAX as usize];
+        for_each_text(conversation, &mut |text| text.chars().for_each(|c| is_used[c as usize] = true));
+        let unused = UNASSIGNED.into_iter().flatten().filter(|&c| !is_used[c as usize]);
+        let num_originals = originals.len();
+        let stand_ins: Vec<(char, char)> = unused.zip(originals).collect();
+        if stand_ins.len() < num_originals {
+            let message = "it holds special tokens and every character that could stand in for them";
+            return Err(TemplateError::Refused(message.to_owned()));
         }
-        let unused = PRIVATE_USE.filter(|c| !scan.private.contains(c));
-        let stand_ins: Vec<(char, char)> = unused.zip(scan.originals).collect();
         let mut hidden = conversation.clone();
         let mut hide = |text: &mut String| self.hide(text, &stand_ins);
         hidden.messages.iter_mut().for_each(|message| rewrite(message, &mut hide));
         hidden.tools.iter_mut().for_each(|tools| rewrite(tools, &mut hide));
         hidden.extra.values_mut().for_each(|value| rewrite(value, &mut hide));
-        Disguised { conversation: Cow::Owned(hidden), stand_ins }
+        Ok(Disguised { conversation: Cow::Owned(hidden), stand_ins })
     }
 
-    /// Where special texts begin in `text`: whole ones, and at its end one that the template might complete.
-    fn starts(&self, text: &str) -> BTreeSet<usize> {
-        let mut starts: BTreeSet<usize> =
-            self.automaton.find_overlapping_iter(text).map(|found| found.start()).collect();
+    /// Where special texts begin in `text`, ascending: whole ones, and at its end one that the template might complete.
+    fn starts(&self, text: &str) -> Vec<usize> {
+        let mut starts: Vec<usize> = self.automaton.find_overlapping_iter(text).map(|found| found.start()).collect();
         for whole in [text, text.trim_end()] {
             let tails = whole.char_indices().rev().map(|(at, _)| at).take_while(|at| whole.len() - at < self.longest);
             starts.extend(tails.filter(|&at| self.texts.iter().any(|special| special.starts_with(&whole[at..]))));
         }
+        starts.sort_unstable();
+        starts.dedup();
         starts
     }
 
     fn hide(&self, text: &mut String, stand_ins: &[(char, char)]) {
-        let starts = self.starts(text);
-        if starts.is_empty() {
-            return;
+        let mut hidden = String::new();
+        let mut copied = 0;
+        for at in self.starts(text) {
+            let starts_here = |(_, original): &&(char, char)| text[at..].starts_with(*original);
+            let Some((stand_in, original)) = stand_ins.iter().find(starts_here) else { continue };
+            hidden.extend([&text[copied..at], stand_in.encode_utf8(&mut [0; 4])]);
+            copied = at + original.len_utf8();
         }
-        let stand_in =
-            |c: char| stand_ins.iter().find(|(_, original)| *original == c).map_or(c, |(stand_in, _)| *stand_in);
-        *text = text.char_indices().map(|(at, c)| if starts.contains(&at) { stand_in(c) } else { c }).collect();
-    }
-}
-
-/// What a first look at all strings finds out.
-struct Scan<'f> {
-    finder: &'f SpecialFinder,
-    /// First characters of the special texts that occur.
-    originals: BTreeSet<char>,
-    /// Private-use characters that occur, which therefore cannot stand in for others.
-    private: BTreeSet<char>,
-}
-
-impl Scan<'_> {
-    fn look_at(&mut self, value: &Value) {
-        match value {
-            Value::String(text) => self.look_at_text(text),
-            Value::Array(items) => items.iter().for_each(|item| self.look_at(item)),
-            Value::Object(map) => map.iter().for_each(|(key, value)| {
-                self.look_at_text(key);
-                self.look_at(value);
-            }),
-            _ => {}
+        if copied > 0 {
+            hidden.push_str(&text[copied..]);
+            *text = hidden;
         }
     }
-
-    fn look_at_text(&mut self, text: &str) {
-        let starts = self.finder.starts(text);
-        self.originals.extend(starts.into_iter().filter_map(|at| text[at..].chars().next()));
-        self.private.extend(text.chars().filter(|c| PRIVATE_USE.contains(c)));
-    }
 }
 
-fn strings_of(conversation: &Conversation) -> impl Iterator<Item = &Value> {
-    conversation.messages.iter().chain(&conversation.tools).chain(conversation.extra.values())
+/// Every string a caller wrote, keys included.
+fn for_each_text(conversation: &Conversation, look_at: &mut impl FnMut(&str)) {
+    let values = conversation.messages.iter().chain(&conversation.tools).chain(conversation.extra.values());
+    values.for_each(|value| for_each_text_in(value, look_at));
+}
+
+fn for_each_text_in(value: &Value, look_at: &mut impl FnMut(&str)) {
+    match value {
+        Value::String(text) => look_at(text),
+        Value::Array(items) => items.iter().for_each(|item| for_each_text_in(item, look_at)),
+        Value::Object(map) => map.iter().for_each(|(key, value)| {
+            look_at(key);
+            for_each_text_in(value, look_at);
+        }),
+        _ => {}
+    }
 }
 
 fn rewrite(value: &mut Value, hide: &mut impl FnMut(&mut String)) {
@@ -125,8 +126,8 @@ fn rewrite(value: &mut Value, hide: &mut impl FnMut(&mut String)) {
     }
 }
 
-/// Plane 15, of which nobody assigns anything.
-const PRIVATE_USE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{FFFFD}';
+/// The private planes and those of which nobody assigned anything: 3.1 MB of text if somebody writes them all.
+const UNASSIGNED: [RangeInclusive<char>; 2] = ['\u{F0000}'..='\u{10FFFF}', '\u{40000}'..='\u{DFFFF}'];
 
 #[cfg(test)]
 mod tests {
@@ -155,7 +156,7 @@ mod tests {
     #[test]
     fn ordinary_conversations_pass_untouched() {
         let plain = conversation("a <b> c < d <|eot id|> [inst]");
-        let disguised = finder().disguise(&plain);
+        let disguised = finder().disguise(&plain).unwrap();
         assert!(disguised.stand_ins.is_empty());
         assert!(matches!(disguised.conversation, Cow::Borrowed(_)));
     }
@@ -164,10 +165,20 @@ mod tests {
     fn special_texts_lose_their_first_character_and_get_it_back() {
         let content = "x <|eot_id|> <b> <s>[INST] \u{F0000} <|eot";
         let hostile = conversation(content);
-        let disguised = finder().disguise(&hostile);
+        let disguised = finder().disguise(&hostile).unwrap();
         let hidden = disguised.conversation.messages[0]["content"].as_str().unwrap().to_owned();
         assert_eq!(hidden, "x \u{F0001}|eot_id|> <b> \u{F0001}s>\u{F0002}INST] \u{F0000} \u{F0001}|eot");
         assert_eq!(disguised.reveal(hidden), content);
+    }
+
+    #[test]
+    fn a_text_of_every_private_character_gains_nothing() {
+        let private: String = ('\u{F0000}'..='\u{10FFFF}').collect();
+        let hidden = finder().disguise(&conversation(&format!("{private}<s>"))).unwrap().stand_ins;
+        assert_eq!(hidden, [('\u{40000}', '<')]);
+        let all: String = UNASSIGNED.into_iter().flatten().collect();
+        assert!(finder().disguise(&conversation(&format!("{all}<s>"))).is_err());
+        assert!(finder().disguise(&conversation(&all)).is_ok());
     }
 
     #[test]
@@ -179,7 +190,7 @@ mod tests {
             add_generation_prompt: true,
         };
         let finder = finder();
-        let disguised = finder.disguise(&everywhere);
+        let disguised = finder.disguise(&everywhere).unwrap();
         let text = serde_json::to_string(&json!([
             disguised.conversation.messages,
             disguised.conversation.tools,

@@ -121,7 +121,7 @@ impl ChatPrompter {
     /// [`PromptError`].
     pub fn encode_chat(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<Vec<TokenId>, PromptError> {
         let conversation = self.conversation(messages, options);
-        let disguised = self.specials.disguise(&conversation);
+        let disguised = self.specials.disguise(&conversation)?;
         let text = self.rendered(&disguised.conversation, options)?;
         let mut ids = self.tokenizer.encode_with_stand_ins(&text, &disguised.stand_ins, true, options.most_tokens)?;
         if let Some(bos) = self.tokenizer.bos()
