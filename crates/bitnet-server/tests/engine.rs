@@ -12,6 +12,7 @@ use bitnet_core::{
     checkpoint::Pooling,
     kernels,
     kv_cache::KvDtype,
+    model::ModelOptions,
     sampling::{SamplingParams, TokenMask},
     threads::WorkerPool,
 };
@@ -31,11 +32,15 @@ fn start(num_threads: usize, config: &EngineConfig) -> EngineHandle {
 }
 
 fn start_measured(num_threads: usize, config: &EngineConfig) -> (EngineHandle, Arc<Metrics>) {
+    start_model(num_threads, config, &ModelOptions::default())
+}
+
+fn start_model(num_threads: usize, config: &EngineConfig, options: &ModelOptions) -> (EngineHandle, Arc<Metrics>) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/public/p1_packed");
     let checkpoint = checkpoint::open(&path, &LoadOptions::default()).expect("a golden checkpoint");
     let mut pool = WorkerPool::new(num_threads);
     let kernel = kernels::select("auto").expect("there is always one");
-    let model = Model::load(&checkpoint, kernel, &mut pool, &|_, _| {}).expect("a good checkpoint");
+    let model = Model::load_with(&checkpoint, kernel, options, &mut pool, &|_, _| {}).expect("a good checkpoint");
     let metrics = Arc::new(Metrics::new("p1", MetricsLimits { max_num_seqs: 8, max_queue: 64 }));
     (Engine::start(model, pool, config, Arc::clone(&metrics)).expect("a small engine").0, metrics)
 }
@@ -267,7 +272,6 @@ async fn speculation_changes_no_bit() {
     }
 }
 
-/// The answers are about something: prompts scored, tokens with alternatives, choices that differ.
 /// A rule that leaves a choice of 64 tokens, three times in a row, then none, nineteen times.
 #[derive(Debug)]
 struct Pattern;
@@ -354,6 +358,80 @@ async fn forced_tokens_take_fewer_steps_and_change_no_bit() {
     }
 }
 
+/// A rule that allows three tokens, most tokens, and all but a few, in turn.
+#[derive(Debug)]
+struct Widths;
+
+#[derive(Debug, Default)]
+struct WidthsState {
+    position: usize,
+    mask: TokenMask,
+    draft: Draft,
+}
+
+impl OutputRule for Widths {
+    fn start(&self) -> Box<dyn TokenConstraint> {
+        Box::new(WidthsState::default())
+    }
+
+    fn identity(&self) -> &[u8] {
+        b"widths"
+    }
+}
+
+impl TokenConstraint for WidthsState {
+    fn allowed(&mut self) -> Result<&TokenMask, ConstraintFailed> {
+        let word = [1 << 9, 0x5bd1_e995, !8][self.position % 3];
+        let num_words = if self.position.is_multiple_of(3) { 3 } else { VOCAB_SIZE / 32 };
+        self.mask = TokenMask::from_words(vec![word; num_words]);
+        Ok(&self.mask)
+    }
+
+    fn upcoming(&mut self, _until: Instant) -> Option<&Draft> {
+        self.draft.tokens = [9, 41, 73].map(TokenId)[self.position % 3..].to_vec();
+        Some(&self.draft)
+    }
+
+    fn accept(&mut self, _token: TokenId) {
+        self.position += 1;
+    }
+}
+
+#[tokio::test]
+async fn the_screen_of_the_head_changes_no_bit() {
+    let with_screen = ModelOptions { min_screened_vocab: 1, ..ModelOptions::default() };
+    let off = EngineConfig { speculation: Speculation::Off, ..roomy() };
+    let always = EngineConfig { speculation: Speculation::Always, ..roomy() };
+    let plain = start(1, &off);
+    let screened = [off, always].map(|config| start_model(2, &config, &with_screen).0);
+    let mut all = Vec::new();
+    for rule in [None, Some(Arc::new(Widths) as Arc<dyn OutputRule>)] {
+        for mut request in requests() {
+            request.min_tokens = 0;
+            request.constraint = rule.clone();
+            let (expected, _) = read_all(submit(&plain, &request)).await;
+            all.push((request, expected));
+        }
+    }
+    for screened in &screened {
+        // At once, so that rows of every kind are read together.
+        let running: Vec<_> = all.iter().map(|(request, _)| submit(screened, request)).collect();
+        for (streams, (_, expected)) in running.into_iter().zip(&all) {
+            assert_eq!(&read_all(streams).await.0, expected);
+        }
+    }
+    // Whether somebody asks for probabilities decides which logits are read, and not which token comes.
+    for (mut request, expected) in all {
+        request.logprobs = request.logprobs.xor(Some(0));
+        request.prompt_logprobs = None;
+        let (asked, _) = read_all(submit(&screened[1], &request)).await;
+        for (asked, expected) in asked.iter().zip(&expected) {
+            assert_eq!(tokens_of(asked), tokens_of(expected));
+        }
+    }
+}
+
+/// The answers are about something: prompts scored, tokens with alternatives, choices that differ.
 fn check_shapes(requests: &[GenerationRequest], answers: &[Vec<Vec<SequenceEvent>>]) {
     for (request, choices) in requests.iter().zip(answers) {
         for events in choices {

@@ -219,9 +219,9 @@ impl Bench {
 
     fn choose_screened(&mut self, row: usize, index: usize) -> TokenId {
         let screened = self.workspace.screened(index);
-        let ids = self.sampler.candidates(screened.estimates, screened.radii, &self.greedy, KEY);
-        let logits = self.model.score(row, ids, &mut self.workspace);
-        self.sampler.sample_among(logits, &self.greedy, KEY).unwrap_or(TokenId(0))
+        let ids = self.sampler.candidates(screened.estimates, screened.radii, None, &self.greedy, KEY);
+        let logits = self.model.score(row, ids.unwrap_or_default(), &mut self.workspace);
+        self.sampler.sample_among(logits, &self.greedy, KEY).ok().flatten().unwrap_or(TokenId(0))
     }
 
     fn some_token(&self, index: usize) -> TokenId {

@@ -6,9 +6,10 @@
 //! core the 2-bit product of 8 to 16 rows is a tenth faster. A server that is always busy can be told `--packing 2bit`, at
 //! the price of a quarter more memory for the body.
 
+use std::time::Instant;
+
 use super::{
     TernaryKernel,
-    limits::best_of,
     packing::{PackedLayout, PackedTernary, ROW_TILE},
     prefetch::Streaming,
 };
@@ -17,17 +18,18 @@ use crate::{
     threads::{SharedRows, WorkerPool},
 };
 
-/// Columns of the matrix that is timed.
+/// Columns of the matrices that are timed.
 const COLS: usize = 2560;
-/// More than this would only take longer: no last-level cache holds it.
+/// More than this in all would only take longer: no last-level cache holds it.
 const MAX_BYTES: usize = 256 << 20;
-/// Passes over the matrix, of which the fastest counts.
-const ROUNDS: u32 = 4;
+/// Passes over each matrix, of which the fastest counts.
+const ROUNDS: u32 = 12;
 
 /// Times a matrix-vector product in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead,
-/// on all workers of `pool`, and returns the fastest way.
+/// on all workers of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
+/// moment and slower in the next.
 /// `weight_bytes` is what the model's weights take at 2 bits each: a model that fits the cache is judged in the cache, and
-/// no more memory than the model will need is touched. Takes about two tenths of a second for a large one.
+/// no more memory than the model will need is touched. Takes about a tenth of a second for a large one.
 ///
 /// # Panics
 /// When memory is exhausted.
@@ -38,32 +40,30 @@ pub fn autotune(
     layout: Option<PackedLayout>,
 ) -> Streaming {
     let choices = Streaming::choices(kernel, layout);
-    let mut fastest = (f64::INFINITY, choices[0]);
-    if choices.len() > 1 {
-        let row_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) / ROW_TILE;
-        let rows = (weight_bytes.min(MAX_BYTES) / row_bytes).next_multiple_of(ROW_TILE).max(ROW_TILE);
-        for choice in choices {
-            let seconds = time(kernel, pool, rows, choice);
-            tracing::debug!(?choice, rows, seconds, "timed a way to read weights");
-            if seconds < fastest.0 {
-                fastest = (seconds, choice);
-            }
-        }
+    if choices.len() == 1 {
+        return choices[0];
     }
-    fastest.1
-}
-
-fn time(kernel: &dyn TernaryKernel, pool: &mut WorkerPool, rows: usize, choice: Streaming) -> f64 {
-    let weights = PackedTernary::arbitrary(rows, COLS, choice, pool);
+    let row_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) / ROW_TILE * choices.len();
+    let rows = (weight_bytes.min(MAX_BYTES) / row_bytes).next_multiple_of(ROW_TILE).max(ROW_TILE);
+    let matrix = |choice: Streaming| (choice, PackedTernary::arbitrary(rows, COLS, choice, pool), f64::INFINITY);
+    let mut timed: Vec<_> = choices.into_iter().map(matrix).collect();
     let mut x = ActivationBuffer::new(1, COLS);
     x.quantize_row(0, &[1.0; COLS]);
-    let x = x.view(1, COLS);
-    let mut out = vec![0.0; rows];
-    best_of(ROUNDS, || {
-        let shared = SharedRows::new(&mut out, 1);
-        pool.run(&|worker| {
-            let share = worker.share(rows, ROW_TILE);
-            kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
-        });
-    })
+    let (x, mut out) = (x.view(1, COLS), vec![0.0; rows]);
+    for _ in 0..ROUNDS {
+        for (_, weights, best) in &mut timed {
+            let start = Instant::now();
+            let shared = SharedRows::new(&mut out, 1);
+            pool.run(&|worker| {
+                let share = worker.share(rows, ROW_TILE);
+                kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
+            });
+            *best = best.min(start.elapsed().as_secs_f64());
+        }
+    }
+    for (choice, _, seconds) in &timed {
+        tracing::debug!(?choice, rows, seconds, "timed a way to read weights");
+    }
+    let fastest = timed.into_iter().reduce(|best, next| if next.2 < best.2 { next } else { best });
+    fastest.expect("a kernel has a layout").0
 }

@@ -1,7 +1,10 @@
 //! Which ids can win the noisy choice when their logits are known but for an error.
 
 use super::noise::{Noise, gumbel, gumbel_bound};
-use crate::kernels::FloatOp;
+use crate::kernels::{
+    FloatOp,
+    math::{LANES, exp, lane_tree},
+};
 
 /// An id and the most its noisy score can be.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +62,68 @@ impl FloatOp for NoisyCandidates<'_> {
         found.retain(|reach| !is_below(reach.upper, best));
     }
 }
+
+/// The ids, ascending, whose logit can be `least` or more, into `above`, and what is known of the others. `None` when those ids
+/// are so many that the whole row is as cheap.
+pub(super) struct Split<'a> {
+    pub(super) estimates: &'a [f32],
+    pub(super) radii: &'a [f32],
+    pub(super) least: f32,
+    pub(super) temperature: f32,
+    pub(super) above: &'a mut Vec<u32>,
+}
+
+/// A lower bound of what the ids left out add to the sum of `exp(logit / temperature)`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rest {
+    sum: f32,
+    /// The true bound is `sum * exp(reference)`.
+    reference: f32,
+}
+
+impl Rest {
+    /// The bound of the sum of `exp(logit / temperature - max)`. Never NaN.
+    pub(super) fn relative_to(&self, max: f32) -> f64 {
+        let sum = f64::from(self.sum) * f64::from(exp(self.reference - max));
+        if sum.is_finite() { sum } else { 0.0 }
+    }
+}
+
+impl FloatOp for Split<'_> {
+    type Output = Option<Rest>;
+
+    #[inline(always)]
+    fn call(self) -> Option<Rest> {
+        let Self { estimates, radii, least, temperature, above } = self;
+        let most = estimates.len() / WHOLE_ROW_SHARE;
+        let reference = least / temperature;
+        let mut lanes = [0.0; LANES];
+        for ((estimates, radii), first) in
+            estimates.chunks(LANES).zip(radii.chunks(LANES)).zip((0_u32..).step_by(LANES))
+        {
+            let mut possible = false;
+            for ((&estimate, &radius), lane) in estimates.iter().zip(radii).zip(&mut lanes) {
+                let is_above = !is_below(estimate + radius, least);
+                possible |= is_above;
+                let share = exp((estimate - radius) / temperature - reference);
+                *lane += if is_above { 0.0 } else { share };
+            }
+            if possible {
+                let ids = estimates.iter().zip(radii).zip(first..);
+                above.extend(
+                    ids.filter(|((estimate, radius), _)| !is_below(*estimate + *radius, least)).map(|(_, id)| id),
+                );
+                if above.len() > most {
+                    return None;
+                }
+            }
+        }
+        Some(Rest { sum: lane_tree(&lanes), reference })
+    }
+}
+
+/// Ids of which the exact logits cost what this part of a whole row costs are no few.
+const WHOLE_ROW_SHARE: usize = 16;
 
 /// False for NaN.
 #[inline(always)]

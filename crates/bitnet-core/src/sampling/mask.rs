@@ -44,6 +44,12 @@ impl TokenMask {
         (self.len() == 1).then_some(id)
     }
 
+    /// The ids in the set, ascending.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        let words = self.words.iter().zip((0..).step_by(32)).filter(|(word, _)| **word != 0);
+        words.flat_map(|(&word, first)| (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit))
+    }
+
     /// `logits` with every id outside the set excluded (-infinity). A value no logit may have stays, for the sampler to find.
     pub fn apply(&self, logits: &[f32], masked: &mut Vec<f32>) {
         let excluded = |logit: f32| if logit < f32::INFINITY { f32::NEG_INFINITY } else { logit };
@@ -71,6 +77,7 @@ mod tests {
         assert_eq!(kept, [0, 2, 32]);
         assert!(masked[5].is_nan());
         assert!(!mask.contains(TokenId(64)) && !mask.is_empty() && TokenMask::default().is_empty());
+        assert_eq!(mask.ids().collect::<Vec<_>>(), [0, 2, 32]);
         assert_eq!((mask.len(), mask.single(), TokenMask::default().single()), (3, None, None));
         for id in [0, 31, 32, 77].map(TokenId) {
             let only = TokenMask::only(id);

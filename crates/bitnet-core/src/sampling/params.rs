@@ -77,15 +77,13 @@ impl SamplingParams {
         self.temperature < MIN_TEMPERATURE || self.top_p == 0.0 || self.top_k == 1
     }
 
-    /// Whether the token depends on more than its few best logits: on all of them, or on what is done to single ones first.
-    /// If not, [`Sampler::candidates`](super::Sampler::candidates) can tell which ones matter.
+    /// Whether something is done to single logits first. If not, [`Sampler::candidates`](super::Sampler::candidates) can tell
+    /// which ones matter.
     pub fn needs_whole_row(&self) -> bool {
-        let changes_logits = !self.logit_bias.is_empty()
+        !self.logit_bias.is_empty()
             || self.repetition_penalty != 1.0
             || self.frequency_penalty != 0.0
-            || self.presence_penalty != 0.0;
-        let cuts_far = self.top_p < 1.0 || (self.min_p > 0.0 && self.top_k == 0);
-        changes_logits || (cuts_far && !self.is_greedy())
+            || self.presence_penalty != 0.0
     }
 }
 

@@ -78,6 +78,15 @@ impl FloatOp for SumExp<'_> {
     }
 }
 
+/// [`SumExp`] of a row of which only the values of `ids`, ascending, are not -infinity: the same bits.
+pub(super) fn sum_exp_by_id(values: &[f32], ids: &[u32], max: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for (value, &id) in values.iter().zip(ids) {
+        lanes[id as usize % LANES] += exp(value - max);
+    }
+    lane_tree(&lanes)
+}
+
 /// Divides every value by the temperature.
 pub(super) struct Scale<'a> {
     pub(super) row: &'a mut [f32],

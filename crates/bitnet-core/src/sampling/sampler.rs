@@ -6,10 +6,11 @@
 
 use super::{
     NotFinite, SampleKey, SamplingParams, TokenLogprobs,
-    candidates::{NoisyCandidates, Reach},
+    candidates::{NoisyCandidates, Reach, Rest, Split},
+    mask::TokenMask,
     noise::{Noise, gumbel},
     processors::LogitsProcessors,
-    row::{Candidate, CutAfter, FiniteMax, NoisyArgmax, Scale, SumExp, first_of, select_best},
+    row::{Candidate, CutAfter, FiniteMax, NoisyArgmax, Scale, SumExp, first_of, select_best, sum_exp_by_id},
 };
 use crate::{
     ids::TokenId,
@@ -32,6 +33,11 @@ pub struct Sampler {
     reaches: Vec<Reach>,
     /// What [`Sampler::candidates`] found.
     ids: Vec<u32>,
+    /// What it left out, where that counts.
+    rest: Rest,
+    /// A row's `f32` sum of exponentials is at least this part of what [`Rest`] and the candidates bound it by: each lane takes a
+    /// 16th of the row, and loses at most 2^-24 with each, as may the bound; the rest is for the exponentials' own errors.
+    least_of_sum: f64,
 }
 
 impl Sampler {
@@ -51,6 +57,8 @@ impl Sampler {
             selection: Selection::default(),
             reaches: Vec::new(),
             ids: Vec::new(),
+            rest: Rest::default(),
+            least_of_sum: 1.0 - 1e-4 - 1e-8 * vocab_size as f64,
         }
     }
 
@@ -82,35 +90,64 @@ impl Sampler {
         }
         self.keep_top_k(params.top_k as usize);
         self.keep_min_p(params.min_p, max);
-        self.keep_top_p(params.top_p, max);
+        if params.top_p < 1.0 {
+            let total = self.isa.run(SumExp { row: &self.row, max });
+            self.keep_top_p(params.top_p, max, total);
+        }
         let noise = Noise::new(params.seed, key);
         Ok(TokenId(self.isa.run(NoisyArgmax { row: &self.row, start, noise })))
     }
 
-    /// The ids, ascending, that alone decide the next token when every logit lies within its radius of its estimate; what
-    /// is not finite is never left out. For [`Sampler::sample_among`].
+    /// The ids, ascending, that most likely decide the next token when every logit lies within its radius of its estimate; what
+    /// is not finite is never left out. Only `allowed` ids may come, if given. For [`Sampler::sample_among`]; `None` when the
+    /// few that it wants would be too many.
     ///
     /// # Panics
     /// When the token depends on more ([`SamplingParams::needs_whole_row`]).
-    pub fn candidates(&mut self, estimates: &[f32], radii: &[f32], params: &SamplingParams, key: SampleKey) -> &[u32] {
+    pub fn candidates(
+        &mut self,
+        estimates: &[f32],
+        radii: &[f32],
+        allowed: Option<&TokenMask>,
+        params: &SamplingParams,
+        key: SampleKey,
+    ) -> Option<&[u32]> {
         assert!(!params.needs_whole_row(), "a choice that no few logits decide");
-        self.ids.clear();
+        let Self { isa, row, selection, reaches, ids, rest, .. } = self;
+        let estimates = match allowed {
+            Some(allowed) => {
+                allowed.apply(estimates, row);
+                row
+            }
+            None => estimates,
+        };
+        ids.clear();
         if params.is_greedy() || params.top_k > 0 {
             let best = if params.is_greedy() { 1 } else { params.top_k as usize };
-            self.ids.extend_from_slice(self.selection.candidates(estimates, radii, best, self.isa));
+            ids.extend_from_slice(selection.candidates(estimates, radii, best, *isa));
         } else {
             let (temperature, noise) = (params.temperature, Noise::new(params.seed, key));
-            self.isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: &mut self.reaches });
-            self.ids.extend(self.reaches.iter().map(|reach| reach.id));
+            isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: reaches });
+            if params.top_p < 1.0 || params.min_p > 0.0 {
+                // Whatever may rank before the one of them that is drawn.
+                let lower = |reach: &Reach| estimates[reach.id as usize] - radii[reach.id as usize];
+                let least = reaches.iter().map(lower).fold(f32::INFINITY, f32::min);
+                *rest = isa.run(Split { estimates, radii, least, temperature, above: ids })?;
+            } else {
+                ids.extend(reaches.iter().map(|reach| reach.id));
+            }
         }
-        &self.ids
+        // What an infinite radius kept.
+        ids.retain(|&id| allowed.is_none_or(|allowed| allowed.contains(TokenId(id))));
+        Some(ids)
     }
 
-    /// The token [`Sampler::sample`] would choose of the whole row, given the `logits` of the ids that
-    /// [`Sampler::candidates`] has just found for the same parameters and key.
+    /// The token [`Sampler::sample`] would choose of the whole row (where all that is not allowed is excluded), given the
+    /// `logits` of the ids that [`Sampler::candidates`] has just found for the same parameters and key. `None`: it depends on
+    /// the others, too.
     ///
     /// # Errors
-    /// [`NotFinite`] when a logit is NaN or +infinity.
+    /// [`NotFinite`] when a logit is NaN or +infinity, or there are none.
     ///
     /// # Panics
     /// When there are not as many logits as ids.
@@ -119,7 +156,7 @@ impl Sampler {
         logits: &[f32],
         params: &SamplingParams,
         key: SampleKey,
-    ) -> Result<TokenId, NotFinite> {
+    ) -> Result<Option<TokenId>, NotFinite> {
         assert_eq!(logits.len(), self.ids.len(), "a logit for each candidate");
         self.isa.run(FiniteMax(logits))?;
         // Places among the candidates stand in for ids: they have the same order, so ties fall alike.
@@ -131,14 +168,44 @@ impl Sampler {
         let max = self.isa.run(FiniteMax(&self.row))?;
         let first = first_of(&self.row, max);
         if params.is_greedy() {
-            return Ok(TokenId(self.ids[first as usize]));
+            return Ok(Some(TokenId(self.ids[first as usize])));
         }
-        self.keep_top_k(params.top_k as usize);
-        self.keep_min_p(params.min_p, max);
         let noise = Noise::new(params.seed, key);
-        let scores = self.row.iter().zip(&self.ids).map(|(&value, &id)| (value + gumbel(noise.bits(id)), id));
-        let best = scores.reduce(|best, next| if next.0 > best.0 { next } else { best });
-        Ok(TokenId(best.expect("a maximum was found").1))
+        if params.top_k > 0 {
+            self.keep_top_k(params.top_k as usize);
+            self.keep_min_p(params.min_p, max);
+            if params.top_p < 1.0 {
+                let total = sum_exp_by_id(&self.row, &self.ids, max);
+                self.keep_top_p(params.top_p, max, total);
+            }
+        }
+        let scores =
+            (0..).zip(&self.row).zip(&self.ids).map(|((place, value), &id)| (value + gumbel(noise.bits(id)), place));
+        let best = scores.reduce(|best: (f32, usize), next| if next.0 > best.0 { next } else { best });
+        let (_, drawn) = best.expect("a maximum was found");
+        let is_kept = params.top_k > 0 || self.is_surely_kept(drawn, params, max);
+        Ok(is_kept.then(|| TokenId(self.ids[drawn])))
+    }
+
+    /// Whether neither min_p nor top_p cuts the candidate at `place`, whatever the logits of those that are none: they rank
+    /// after it, and there are at least as many of them as [`Split`] says.
+    fn is_surely_kept(&mut self, place: usize, params: &SamplingParams, max: f32) -> bool {
+        let drawn = Candidate { score: self.row[place], id: self.ids[place] };
+        let mut rest = self.rest.relative_to(max);
+        if params.min_p > 0.0 {
+            self.keep_min_p(params.min_p, max);
+            rest = 0.0;
+        }
+        if self.row[place] == f32::NEG_INFINITY || params.top_p >= 1.0 {
+            return self.row[place] > f32::NEG_INFINITY;
+        }
+        let candidates = self.row.iter().zip(&self.ids).map(|(&score, &id)| Candidate { score, id });
+        self.candidates.clear();
+        self.candidates.extend(candidates.filter(|candidate| candidate.rank(&drawn).is_lt()));
+        self.candidates.sort_unstable_by(Candidate::rank);
+        let before = self.candidates.iter().fold(0.0, |sum, candidate| sum + f64::from(exp(candidate.score - max)));
+        let listed: f64 = self.row.iter().map(|score| f64::from(exp(score - max))).sum();
+        before < f64::from(params.top_p) * (listed + rest) * self.least_of_sum
     }
 
     /// Log-softmax of the raw logits at `chosen`, and the `top` best (logit descending, id ascending).
@@ -173,12 +240,8 @@ impl Sampler {
         }
     }
 
-    /// The fewest candidates whose probabilities reach `top_p`.
-    fn keep_top_p(&mut self, top_p: f32, max: f32) {
-        if top_p >= 1.0 {
-            return;
-        }
-        let total = self.isa.run(SumExp { row: &self.row, max });
+    /// The fewest candidates whose probabilities reach `top_p` of the row's `total`.
+    fn keep_top_p(&mut self, top_p: f32, max: f32, total: f32) {
         let wanted = f64::from(top_p) * f64::from(total);
         // A nucleus is small as a rule: look at a few candidates, and at eight times as many when they were too few.
         let mut count = FIRST_CANDIDATES;

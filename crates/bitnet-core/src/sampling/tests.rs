@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::{
-    NotFinite, SampleKey, Sampler, SamplingParams,
+    NotFinite, SampleKey, Sampler, SamplingParams, TokenMask,
     noise::{Noise, gumbel},
     row::{Candidate, select_best},
 };
@@ -238,6 +238,25 @@ fn screened(logits: &[f32], radius: f32, seed: u32) -> (Vec<f32>, Vec<f32>) {
     (0..).zip(logits).map(estimate).unzip()
 }
 
+/// What the candidates decide, and what the whole row does. `None` of the candidates: they leave it to the whole row.
+fn both_ways(
+    isa: Isa,
+    logits: &[f32],
+    (estimates, radii): &(Vec<f32>, Vec<f32>),
+    allowed: Option<&TokenMask>,
+    params: &SamplingParams,
+) -> (Option<Result<TokenId, NotFinite>>, Result<TokenId, NotFinite>) {
+    let mut sampler = Sampler::with_isa(logits.len(), isa);
+    let mut row = logits.to_vec();
+    if let Some(allowed) = allowed {
+        allowed.apply(logits, &mut row);
+    }
+    let whole = sampler.sample(&row, params, &[], &[], &[], KEY);
+    let Some(ids) = sampler.candidates(estimates, radii, allowed, params, KEY) else { return (None, whole) };
+    let exact: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
+    (sampler.sample_among(&exact, params, KEY).transpose(), whole)
+}
+
 proptest! {
     #[test]
     fn a_choice_among_candidates_is_that_of_the_whole_row(
@@ -246,20 +265,43 @@ proptest! {
         radius in 0.0_f32..3.0,
         seed: u32,
         temperature in prop_oneof![Just(0.0_f32), 0.05_f32..2.0],
-        (top_k, min_p) in prop_oneof![Just((0, 0.0)), (1_u32..60, prop_oneof![Just(0.0_f32), 0.0_f32..0.5])],
+        top_k in prop_oneof![Just(0), 1_u32..60],
+        min_p in prop_oneof![Just(0.0), 0.0_f32..0.5],
+        top_p in prop_oneof![Just(1.0), 0.0_f32..1.0],
+        words in prop_oneof![Just(None), prop::collection::vec(any::<u32>(), 1..22).prop_map(Some)],
     ) {
         // Few levels: many ties.
         let logits: Vec<f32> = levels.iter().map(|&level| level as f32 * spread).collect();
-        let params = SamplingParams { temperature, top_k, min_p, seed: i64::from(seed), ..SamplingParams::default() };
-        let (estimates, radii) = screened(&logits, radius, seed);
+        let params = SamplingParams { temperature, top_k, min_p, top_p, seed: i64::from(seed), ..SamplingParams::default() };
+        let allowed = words.map(TokenMask::from_words).filter(|allowed| (0..logits.len()).any(|id| allowed.contains(TokenId(id as u32))));
+        let screened = screened(&logits, radius, seed);
         for isa in [Isa::BASELINE, Isa::available()[Isa::available().len() - 1]] {
-            let mut sampler = Sampler::with_isa(logits.len(), isa);
-            let expected = sampler.sample(&logits, &params, &[], &[], &[], KEY);
-            let ids = sampler.candidates(&estimates, &radii, &params, KEY).to_vec();
-            let exact: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-            prop_assert_eq!(sampler.sample_among(&exact, &params, KEY), expected);
+            let (decided, whole) = both_ways(isa, &logits, &screened, allowed.as_ref(), &params);
+            prop_assert!(decided.is_none_or(|decided| decided == whole), "{decided:?} instead of {whole:?}");
+            let is_exact = temperature == 0.0 || top_k > 0 || min_p == 0.0 && top_p == 1.0;
+            prop_assert!(decided.is_some() || !is_exact);
         }
     }
+}
+
+#[test]
+fn a_peaked_row_is_decided_without_the_whole_row() {
+    const VOCAB: usize = 50_000;
+    let noise = Noise::new(1, KEY);
+    // The largest of 50,000 noises is about 11: what is left of the row after ten tokens has little of the mass.
+    let logits: Vec<f32> =
+        (0..VOCAB as u32).map(|id| gumbel(noise.bits(id)) + if id % 5000 == 77 { 14.0 } else { 0.0 }).collect();
+    let screened = screened(&logits, 0.2, 3);
+    let mut num_decided = 0;
+    for seed in 0..200 {
+        for (top_p, min_p) in [(0.9, 0.0), (1.0, 0.1)] {
+            let params = SamplingParams { top_p, min_p, seed, temperature: 0.8, ..SamplingParams::default() };
+            let (decided, whole) = both_ways(Isa::available()[0], &logits, &screened, None, &params);
+            assert!(decided.is_none_or(|decided| decided == whole));
+            num_decided += usize::from(decided.is_some());
+        }
+    }
+    assert!((300..400).contains(&num_decided), "{num_decided} of 400");
 }
 
 #[test]
@@ -269,7 +311,7 @@ fn a_logit_that_is_not_finite_is_a_candidate() {
         let (mut estimates, mut radii) = (vec![5.0; 200], vec![0.1; 200]);
         (estimates[150], radii[150]) = (0.0, f32::INFINITY);
         let mut sampler = Sampler::new(200);
-        let ids = sampler.candidates(&estimates, &radii, &params, KEY).to_vec();
+        let ids = sampler.candidates(&estimates, &radii, None, &params, KEY).unwrap_or_default().to_vec();
         assert!(ids.contains(&150));
         let logits: Vec<f32> = ids.iter().map(|&id| if id == 150 { f32::NAN } else { 5.0 }).collect();
         assert_eq!(sampler.sample_among(&logits, &params, KEY), Err(NotFinite));
@@ -277,12 +319,12 @@ fn a_logit_that_is_not_finite_is_a_candidate() {
 }
 
 #[test]
-fn what_looks_at_far_logits_needs_the_whole_row() {
+fn what_changes_single_logits_needs_the_whole_row() {
     let base = SamplingParams::default;
     let needs = |params: SamplingParams| params.needs_whole_row();
     assert!(!needs(base()) && !needs(greedy()) && !needs(SamplingParams { top_k: 40, min_p: 0.1, ..base() }));
     assert!(!needs(SamplingParams { top_p: 0.9, ..greedy() }));
-    assert!(needs(SamplingParams { top_p: 0.9, ..base() }) && needs(SamplingParams { min_p: 0.1, ..base() }));
+    assert!(!needs(SamplingParams { top_p: 0.9, ..base() }) && !needs(SamplingParams { min_p: 0.1, ..base() }));
     assert!(needs(SamplingParams { repetition_penalty: 1.1, ..greedy() }));
     assert!(needs(SamplingParams { frequency_penalty: 0.1, ..greedy() }));
     assert!(needs(SamplingParams { presence_penalty: 0.1, ..greedy() }));

@@ -1,7 +1,10 @@
 //! One step's arithmetic: [`ScheduledBatch`] -> `core::Batch` -> logits -> token. The trait is the whole contract between the
 //! scheduler's side and the model's; tests have a fake one.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    cell::{RefCell, RefMut},
+};
 
 use bitnet_core::{
     Batch, Model, TokenId,
@@ -12,7 +15,7 @@ use bitnet_core::{
 };
 
 use super::{
-    EngineError, TokenEvent,
+    EngineError, TokenConstraint, TokenEvent,
     scheduler::{ScheduledBatch, Share, blocks_of},
 };
 
@@ -55,6 +58,8 @@ struct RowReader {
     sampler: Sampler,
     /// A row after a constraint; kept for its memory.
     masked: Vec<f32>,
+    /// A row of which few logits are known; kept for its memory.
+    few: Vec<f32>,
     /// The tokens before a row that verifies a guess; kept for its memory.
     known: Vec<TokenId>,
 }
@@ -62,8 +67,12 @@ struct RowReader {
 impl ModelExecutor {
     /// Owns all that a step touches.
     pub fn new(model: Model, kv: KvCache, workspace: Workspace) -> Self {
-        let reader =
-            RowReader { sampler: Sampler::new(model.config().vocab_size), masked: Vec::new(), known: Vec::new() };
+        let reader = RowReader {
+            sampler: Sampler::new(model.config().vocab_size),
+            masked: Vec::new(),
+            few: Vec::new(),
+            known: Vec::new(),
+        };
         Self { model, kv, workspace, reader }
     }
 
@@ -111,21 +120,28 @@ impl Executor for ModelExecutor {
             .filter(ran)
             .flat_map(|index| logit_positions(&shares[index]).map(move |position| (index, position)))
             .collect();
-        let has_screen = self.model.has_screen();
-        let reading = |row: &(usize, usize)| shares[row.0].reading(row.1, has_screen);
+        let most_few = self.model.has_screen().then(|| self.vocab_size() / FEW_OF_VOCAB);
+        let readings: Vec<_> =
+            rows.iter().map(|&(index, position)| shares[index].reading(position, most_few)).collect();
         let mut first = 0;
-        for same in rows.chunk_by(|a, b| reading(a) == reading(b)) {
-            match reading(&same[0]) {
-                Reading::Hidden => self.pool_rows(first, same, shares, &mut outputs),
-                Reading::Forced => pass_rows(same, shares, &mut outputs),
-                Reading::Whole => self.read_rows(first, same, shares, &mut outputs),
-                Reading::Screened => self.read_screened_rows(first, same, shares, &mut outputs),
+        for same in readings.chunk_by(|a, b| a.is_read_with(*b)) {
+            let rows = &rows[first..first + same.len()];
+            match same[0] {
+                Reading::Hidden => self.pool_rows(first, rows, shares, &mut outputs),
+                Reading::Forced => pass_rows(rows, shares, &mut outputs),
+                Reading::Whole => self.read_rows(first, rows, shares, &mut outputs),
+                Reading::Few | Reading::Screened => {
+                    self.read_screened_rows(first, rows, same, shares, &mut outputs);
+                }
             }
             first += same.len();
         }
         outputs
     }
 }
+
+/// The logits of this part of the vocabulary cost hardly anything beside a look at all of it.
+const FEW_OF_VOCAB: usize = 128;
 
 /// What a share wants of its rows that asked for logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,8 +152,18 @@ enum Reading {
     Forced,
     /// All logits.
     Whole,
+    /// Those of the few tokens that its rule allows.
+    Few,
     /// Those that matter for the next token, by the head's screen.
     Screened,
+}
+
+impl Reading {
+    /// Whether rows of both are read at once.
+    fn is_read_with(self, other: Self) -> bool {
+        let by_screen = |reading| matches!(reading, Self::Few | Self::Screened);
+        self == other || by_screen(self) && by_screen(other)
+    }
 }
 
 /// Reading the rows of one step that asked for logits: (share, position of the row's token), the `first` and the following.
@@ -178,32 +204,81 @@ impl ModelExecutor {
         }
     }
 
-    /// As [`Self::read_rows`], for shares that want a token and nothing else: by the head's screen.
+    /// As [`Self::read_rows`], for shares that want a token and nothing else: by the head's screen, unless `readings` say that
+    /// none of them needs it.
     fn read_screened_rows(
         &mut self,
         first: usize,
         rows: &[(usize, usize)],
+        readings: &[Reading],
         shares: &[Share<'_>],
         outputs: &mut [Result<StepOutput, EngineError>],
     ) {
-        for (group, first) in
-            rows.chunks(Workspace::MAX_SCREENED_ROWS).zip((first..).step_by(Workspace::MAX_SCREENED_ROWS))
-        {
-            self.model.screen(first..first + group.len(), &mut self.workspace);
-            for (i, &(index, position)) in group.iter().enumerate() {
+        const MAX_ROWS: usize = Workspace::MAX_SCREENED_ROWS;
+        let groups = rows.chunks(MAX_ROWS).zip(readings.chunks(MAX_ROWS));
+        for ((group, readings), first) in groups.zip((first..).step_by(MAX_ROWS)) {
+            if readings.contains(&Reading::Screened) {
+                self.model.screen(first..first + group.len(), &mut self.workspace);
+            }
+            for (i, (&(index, position), reading)) in group.iter().zip(readings).enumerate() {
                 let (share, output) = (&shares[index], &mut outputs[index]);
                 if !share.reaches(position, output) {
                     continue;
                 }
-                let screened = self.workspace.screened(i);
-                let (params, key) = (&share.sequence.request.sampling, share.sample_key(position));
-                let ids = self.reader.sampler.candidates(screened.estimates, screened.radii, params, key);
-                let logits = self.model.score(first + i, ids, &mut self.workspace);
-                let drawn = self.reader.sampler.sample_among(logits, params, key);
-                let drawn = drawn.map(|token| TokenEvent { token, logprobs: None });
-                share.note(drawn.map_err(|_| EngineError::NotFinite), output);
+                let drawn = match reading {
+                    Reading::Few => self.draw_of_few(first + i, share, position),
+                    _ => self.draw_screened(first + i, i, share, position),
+                };
+                share.note(drawn, output);
             }
         }
+    }
+
+    /// The token after `position`, with the logits of the few tokens that the rule allows: those of the others would be
+    /// excluded. `row` of the rows that asked for logits.
+    fn draw_of_few(&mut self, row: usize, share: &Share<'_>, position: usize) -> Result<TokenEvent, EngineError> {
+        let vocab_size = self.vocab_size();
+        let ids = share.few_allowed(vocab_size / FEW_OF_VOCAB).ok_or(EngineError::Constraint)?;
+        let logits = self.model.score(row, &ids, &mut self.workspace);
+        let mut few = std::mem::take(&mut self.reader.few);
+        few.clear();
+        few.resize(vocab_size, f32::NEG_INFINITY);
+        ids.iter().zip(logits).for_each(|(&id, &logit)| few[id as usize] = logit);
+        let drawn = self.reader.draw(&few, share, position);
+        self.reader.few = few;
+        drawn
+    }
+
+    /// The token after `position` by what the screen says of its row, the `index`-th of those screened, and by all its logits
+    /// where that is not enough.
+    fn draw_screened(
+        &mut self,
+        row: usize,
+        index: usize,
+        share: &Share<'_>,
+        position: usize,
+    ) -> Result<TokenEvent, EngineError> {
+        let (params, key) = (&share.sequence.request.sampling, share.sample_key(position));
+        let mut constraint = share.constraint();
+        let allowed = constraint.as_mut().map(|constraint| constraint.allowed()).transpose();
+        let allowed = allowed.map_err(|_| EngineError::Constraint)?;
+        let (sampler, screened) = (&mut self.reader.sampler, self.workspace.screened(index));
+        let mut drawn = None;
+        if let Some(ids) = sampler.candidates(screened.estimates, screened.radii, allowed, params, key) {
+            let logits = self.model.score(row, ids, &mut self.workspace);
+            drawn = sampler.sample_among(logits, params, key).map_err(|_| EngineError::NotFinite)?;
+        }
+        let Some(token) = drawn else {
+            drop(constraint);
+            let logits = self.model.logits(row..row + 1, &mut self.workspace);
+            return self.reader.draw(logits, share, position);
+        };
+        if let Some(constraint) = &mut constraint
+            && share.goes_on_with(token, position)
+        {
+            constraint.accept(token);
+        }
+        Ok(TokenEvent { token, logprobs: None })
     }
 }
 
@@ -279,12 +354,14 @@ impl Share<'_> {
         SampleKey { choice: self.sequence.choice, position: position as u32 + 1 }
     }
 
-    /// How its row of `position` is read, by a model with or without a screen.
-    fn reading(&self, position: usize, has_screen: bool) -> Reading {
+    /// How its row of `position` is read, by a model with a screen if there is a number of tokens that are few.
+    fn reading(&self, position: usize, most_few: Option<usize>) -> Reading {
+        let few_allowed = |most| self.is_first(position) && self.few_allowed(most).is_some();
         match self.sequence.pooled {
             Some(_) => Reading::Hidden,
             None if self.forced_after(position).is_some() => Reading::Forced,
-            None if has_screen && !self.needs_whole_rows() => Reading::Screened,
+            None if most_few.is_some_and(few_allowed) => Reading::Few,
+            None if most_few.is_some() && !self.needs_whole_rows() => Reading::Screened,
             None => Reading::Whole,
         }
     }
@@ -293,8 +370,34 @@ impl Share<'_> {
     fn needs_whole_rows(&self) -> bool {
         let request = &self.sequence.request;
         let bans = self.sequence.generated().len() < request.min_tokens && !request.stop_tokens.is_empty();
-        let ruled = self.sequence.constraint.is_some();
-        self.scores_prompt() || request.logprobs.is_some() || bans || ruled || request.sampling.needs_whole_row()
+        self.scores_prompt() || request.logprobs.is_some() || bans || request.sampling.needs_whole_row()
+    }
+
+    /// The tokens that its rule allows, if it has one and they are at most `most`, and nobody asks how likely they were among all.
+    fn few_allowed(&self, most: usize) -> Option<Vec<u32>> {
+        if self.sequence.request.logprobs.is_some() {
+            return None;
+        }
+        let mut constraint = self.constraint()?;
+        let allowed = constraint.allowed().ok()?;
+        (allowed.len() <= most).then(|| allowed.ids().collect())
+    }
+
+    /// What its output has to look like, which nobody else is looking at.
+    fn constraint(&self) -> Option<RefMut<'_, Box<dyn TokenConstraint>>> {
+        self.sequence.constraint.as_ref().map(RefCell::borrow_mut)
+    }
+
+    /// Whether more follows once `token` was drawn after `position`.
+    fn goes_on_with(&self, token: TokenId, position: usize) -> bool {
+        let request = &self.sequence.request;
+        let num_generated = position + 1 - self.sequence.prompt_len();
+        !request.stop_tokens.contains(&token) && num_generated + 1 < request.max_tokens
+    }
+
+    /// Whether the token after `position` is the first one to be drawn.
+    fn is_first(&self, position: usize) -> bool {
+        self.draws() && position + 1 == self.sequence.tokens.len()
     }
 
     /// Whether rows score prompt tokens.
@@ -338,8 +441,8 @@ fn pass_rows(rows: &[(usize, usize)], shares: &[Share<'_>], outputs: &mut [Resul
     for &(index, position) in rows {
         let (share, output) = (&shares[index], &mut outputs[index]);
         let Some(token) = share.forced_after(position).filter(|_| share.reaches(position, output)) else { continue };
-        if let Some(constraint) = &share.sequence.constraint {
-            constraint.borrow_mut().accept(token);
+        if let Some(mut constraint) = share.constraint() {
+            constraint.accept(token);
         }
         share.note(Ok(TokenEvent { token, logprobs: None }), output);
     }
@@ -376,7 +479,7 @@ impl RowReader {
         self.known.extend_from_slice(&share.draft()[..num_true]);
         let (prompt, generated) = self.known.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
-        let mut constraint = sequence.constraint.as_ref().map(|constraint| constraint.borrow_mut());
+        let mut constraint = share.constraint();
         let row = match &mut constraint {
             None => logits,
             Some(constraint) => {
@@ -391,8 +494,7 @@ impl RowReader {
         let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
         let logprobs = scored.map_err(|_| EngineError::NotFinite)?;
         if let Some(constraint) = &mut constraint
-            && !request.stop_tokens.contains(&token)
-            && generated.len() + 1 < request.max_tokens
+            && share.goes_on_with(token, position)
         {
             constraint.accept(token);
         }
