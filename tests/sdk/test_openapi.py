@@ -12,7 +12,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 def test_the_description_is_true(start, tmp_path):
     # Every name is fine, so that requests get past the model's name.
     server = start("--model-name", "*", "--max-n", "128")
-    command = [str(TOOL), "run", f"{server.url}/openapi.json", "--checks", CHECKS, "--phases", "coverage,fuzzing", "--max-examples", "40",
+    command = [str(TOOL), "run", f"{server.url}/openapi.json", "--checks", CHECKS, "--phases", "coverage,fuzzing", "--max-examples", "40", "--request-timeout", "120",
                "--max-time", os.environ.get("BITNET_SCHEMATHESIS_SECONDS", "30"), "--seed", "1", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     print(done.stdout[-2000:])

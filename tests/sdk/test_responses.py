@@ -127,7 +127,8 @@ def test_tools(client):
 
 
 def test_streamed_tools(client):
-    body = {"model": MODEL, "input": "Weather?", "tools": [TOOL], "tool_choice": "required", "temperature": 1.5, "max_output_tokens": 400}
+    # Room for many calls: each may be followed by another.
+    body = {"model": MODEL, "input": "Weather?", "tools": [TOOL], "tool_choice": "required", "temperature": 1.5, "max_output_tokens": 1500}
     with client.responses.stream(**body) as stream:
         events = list(stream)
         final = stream.get_final_response()

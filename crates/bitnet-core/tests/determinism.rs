@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::hash::{DefaultHasher, Hasher};
+use std::{
+    cell::Cell,
+    hash::{DefaultHasher, Hasher},
+};
 
 use bitnet_core::{
     Checkpoint, TokenId,
@@ -126,6 +129,19 @@ fn a_block_of_another_request_is_never_seen() {
     // Fill the same blocks, and more, with NaN, then use them again.
     let batch = engine.batch(&[Share { slot: 0, tokens: &tokens(2, 40), start: 0, logits: LogitRows::None }]);
     poisoned.model.forward(&batch, &mut engine.kv, &mut engine.workspace);
+    assert_eq!(engine.all_logits(&prompt, 7), expected);
+}
+
+#[test]
+fn a_pass_that_is_given_up_leaves_nothing_behind() {
+    let mut engine = Engine::new(&open(&golden("p1_packed")), KvDtype::F16, setup("auto", 2));
+    let prompt = tokens(1, 21);
+    let expected = engine.all_logits(&prompt, 7);
+    let batch = engine.batch(&[Share { slot: 0, tokens: &tokens(2, 40), start: 0, logits: LogitRows::All }]);
+    let num_asked = Cell::new(0);
+    let is_wanted = || num_asked.replace(num_asked.get() + 1) < 1;
+    assert!(!engine.model.forward_while(&batch, &mut engine.kv, &mut engine.workspace, &is_wanted));
+    assert_eq!(num_asked.get(), 2, "asked before each layer");
     assert_eq!(engine.all_logits(&prompt, 7), expected);
 }
 

@@ -58,7 +58,22 @@ impl Model {
     /// # Panics
     /// When `kv` or `workspace` were made for another model.
     pub fn forward(&self, batch: &Batch, kv: &mut KvCache, workspace: &mut Workspace) {
-        self.forward_traced(batch, kv, workspace, &mut |_, _, _| {});
+        self.run(batch, kv, workspace, &|| true, &mut |_, _, _| {});
+    }
+
+    /// [`Model::forward`] as long as `is_wanted`, which is asked before each layer. When it is not, false: then no row has
+    /// logits, and what `kv` holds of the batch's positions that were not stored before is nothing to rely on.
+    ///
+    /// # Panics
+    /// When `kv` or `workspace` were made for another model.
+    pub fn forward_while(
+        &self,
+        batch: &Batch,
+        kv: &mut KvCache,
+        workspace: &mut Workspace,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> bool {
+        self.run(batch, kv, workspace, is_wanted, &mut |_, _, _| {})
     }
 
     /// [`Model::forward`], showing `trace` the values of every module on the way.
@@ -66,12 +81,24 @@ impl Model {
     /// # Panics
     /// When `kv` or `workspace` were made for another model.
     pub fn forward_traced(&self, batch: &Batch, kv: &mut KvCache, workspace: &mut Workspace, trace: &mut Trace<'_>) {
+        self.run(batch, kv, workspace, &|| true, trace);
+    }
+
+    fn run(
+        &self,
+        batch: &Batch,
+        kv: &mut KvCache,
+        workspace: &mut Workspace,
+        is_wanted: &dyn Fn() -> bool,
+        trace: &mut Trace<'_>,
+    ) -> bool {
         let num_rows = batch.rows().len();
         assert!(workspace.fits(self) && kv.geometry().fits(&self.config), "made for another model");
         assert!(
             num_rows <= workspace.max_batch_tokens() && batch.num_blocks() <= kv.num_blocks(),
             "another batch's sizes"
         );
+        workspace.num_logit_rows = 0;
         let eps = self.config.rms_norm_eps;
         let norm = |weight| RmsNorm::new(weight, eps);
         let (hidden_size, intermediate_size) = (self.config.hidden_size, self.config.intermediate_size);
@@ -98,6 +125,9 @@ impl Model {
         trace(TracePoint::Embedding, 0, x);
 
         for (index, layer) in self.layers.iter().enumerate() {
+            if !is_wanted() {
+                return false;
+            }
             // x += o(sub_norm(attention(rope(q(n)), rope(k(n)), v(n)))), n = norm(x)
             normalize(phases, norm(&layer.attn_norm), x, normed, quantized);
             let n = quantized.view(num_rows, hidden_size);
@@ -140,5 +170,6 @@ impl Model {
         workspace.num_logit_rows = batch.num_logit_rows();
         lm_head::final_norm(self.kernel.isa(), norm(&self.output_norm), batch.logit_rows(), x, normed);
         trace(TracePoint::OutputNorm, 0, &normed[..batch.num_logit_rows() * hidden_size]);
+        true
     }
 }

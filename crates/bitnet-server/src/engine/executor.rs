@@ -27,9 +27,13 @@ pub trait Executor: Send + 'static {
     /// Called once, on the thread that will compute every step.
     fn enter_thread(&mut self) {}
 
-    /// Computes `batch`: one output a share, in order. An error ends that share's sequence and no other.
-    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>>;
+    /// Computes `batch`: one output a share, in order. An error ends that share's sequence and no other. `None` when it gave up
+    /// on the way because the batch was not `is_wanted` any more: then nothing was computed.
+    fn execute(&mut self, batch: &ScheduledBatch<'_>, is_wanted: &dyn Fn() -> bool) -> Option<StepOutputs>;
 }
+
+/// What each share of a step gave.
+pub type StepOutputs = Vec<Result<StepOutput, EngineError>>;
 
 /// What one share gave.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -108,11 +112,13 @@ impl Executor for ModelExecutor {
         self.workspace.pin_caller();
     }
 
-    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
+    fn execute(&mut self, batch: &ScheduledBatch<'_>, is_wanted: &dyn Fn() -> bool) -> Option<StepOutputs> {
         let shares = &batch.shares;
         let mut outputs = vec![Ok(StepOutput::default()); shares.len()];
-        let Some(batch) = self.checked_batch(shares, &mut outputs) else { return outputs };
-        self.model.forward(&batch, &mut self.kv, &mut self.workspace);
+        let Some(batch) = self.checked_batch(shares, &mut outputs) else { return Some(outputs) };
+        if !self.model.forward_while(&batch, &mut self.kv, &mut self.workspace, is_wanted) {
+            return None;
+        }
 
         // Rows that asked for logits, in the batch's order: (share, position of the row's token).
         let ran = |index: &usize| outputs[*index].is_ok();
@@ -136,7 +142,7 @@ impl Executor for ModelExecutor {
             }
             first += same.len();
         }
-        outputs
+        Some(outputs)
     }
 }
 

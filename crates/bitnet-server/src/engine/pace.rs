@@ -51,7 +51,7 @@ impl Pace {
 /// What a step with prompts may take beside generating sequences. Their rows fill the step, so short parts cost little, and a
 /// newcomer waits for the step under way.
 const SECONDS_BESIDE_OTHERS: f64 = 0.15;
-/// What a step of prompts alone may take, up to its double: so a cancelled prompt is soon gone, and a step that takes a multiple
+/// What a step of prompts alone may take, up to its double: so a newcomer does not wait for long, and a step that takes a multiple
 /// of it is a stall.
 const SECONDS_ALONE: f64 = 0.25;
 /// Fewer rows alone would cost more each: the weights are read for each step.

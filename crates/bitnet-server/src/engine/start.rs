@@ -207,7 +207,7 @@ fn warm_up(executor: &mut impl Executor) {
     let mut sequence = Sequence::new(SequenceId(0), Arc::new(request), 0);
     sequence.block_table.push(BlockId(0));
     let batch = ScheduledBatch { shares: vec![Share { sequence: &sequence, num_tokens: 1, num_drafted: 0 }] };
-    if let Some(Err(error)) = executor.execute(&batch).pop() {
+    if let Some(Err(error)) = executor.execute(&batch, &|| true).and_then(|mut outputs| outputs.pop()) {
         tracing::warn!(%error, "the model's first token failed");
     }
     tracing::debug!(seconds = now.elapsed().as_secs_f64(), "warmed up");

@@ -11,7 +11,7 @@ use bitnet_core::{
 
 use super::{
     EngineConfig, EngineError, GenerationRequest, TokenEvent,
-    executor::{Executor, StepOutput},
+    executor::{Executor, StepOutput, StepOutputs},
     scheduler::{ScheduledBatch, Share},
     sequence::Sequence,
 };
@@ -101,7 +101,7 @@ impl Executor for FakeExecutor {
         64
     }
 
-    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
+    fn execute(&mut self, batch: &ScheduledBatch<'_>, is_wanted: &dyn Fn() -> bool) -> Option<StepOutputs> {
         let num_rows: usize = batch.shares.iter().map(|share| share.num_tokens + share.num_drafted).sum();
         assert!(num_rows <= self.max_batch_tokens, "the step is over its budget");
         for share in &batch.shares {
@@ -114,7 +114,8 @@ impl Executor for FakeExecutor {
                 self.slots[Self::slot(sequence, position)] = Some(hash);
             }
         }
-        batch.shares.iter().map(|share| self.compute(share)).collect()
+        let outputs = batch.shares.iter().map(|share| self.compute(share)).collect();
+        is_wanted().then_some(outputs)
     }
 }
 

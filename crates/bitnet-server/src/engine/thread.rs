@@ -236,7 +236,13 @@ impl<E: Executor> EngineLoop<E> {
                 client.start(began, share.sequence, &self.metrics);
             }
         }
-        let outputs = self.executor.execute(&batch);
+        let is_wanted = || {
+            let is_read = |share: &Share<'_>| {
+                self.clients.get(&share.sequence.id).is_some_and(|client| client.events.reader_left().is_none())
+            };
+            !self.shared.stopping() && batch.shares.iter().any(is_read)
+        };
+        let Some(outputs) = self.executor.execute(&batch, &is_wanted) else { return };
         assert_eq!(outputs.len(), batch.shares.len(), "one output a share");
         let progress: Vec<Progress> = batch.shares.iter().zip(outputs).map(Progress::new).collect();
 

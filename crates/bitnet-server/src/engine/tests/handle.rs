@@ -121,6 +121,20 @@ async fn a_stream_that_is_dropped_while_it_waits_gives_its_place_back() {
 }
 
 #[tokio::test]
+async fn a_step_that_nobody_waits_for_counts_for_nothing() {
+    let (handle, _thread, open, reached) = start_gated(&config(1, 2));
+    // One step, and a full block.
+    let prompt: Vec<u32> = (0..16).collect();
+    let left = submit(&handle, request(&prompt, 5));
+    reached.recv().expect("it runs");
+    drop(left);
+    open.send(()).expect("the engine waits");
+    let again = submit(&handle, request(&prompt, 2));
+    (0..2).for_each(|_| open.send(()).expect("the engine waits"));
+    assert_eq!(read_all(again).await, expected(&request(&prompt, 2), 0, 64), "nothing was in the cache");
+}
+
+#[tokio::test]
 async fn what_does_not_fit_or_is_not_finite_fails_alone() {
     let (handle, _thread) = start(&config(4, 8));
     let invalid = [SequenceEvent::Failed(EngineError::Invalid)];

@@ -32,7 +32,7 @@ use crate::{
     config::{FilterRules, PrefixSharing, RawConfig, ServerConfig},
     engine::{
         Engine, EngineConfig, EngineError, EngineThread, TokenEvent,
-        executor::{Executor, StepOutput},
+        executor::{Executor, StepOutput, StepOutputs},
         scheduler::ScheduledBatch,
     },
     filter::ContentFilter,
@@ -84,7 +84,7 @@ impl Executor for Script {
         VOCAB
     }
 
-    fn execute(&mut self, batch: &ScheduledBatch<'_>) -> Vec<Result<StepOutput, EngineError>> {
+    fn execute(&mut self, batch: &ScheduledBatch<'_>, _is_wanted: &dyn Fn() -> bool) -> Option<StepOutputs> {
         drop(self.hold.blocking_lock());
         let compute = |share: &crate::engine::scheduler::Share<'_>| {
             let (sequence, mut output) = (share.sequence, StepOutput::default());
@@ -110,7 +110,7 @@ impl Executor for Script {
             }
             Ok(output)
         };
-        batch.shares.iter().map(compute).collect()
+        Some(batch.shares.iter().map(compute).collect())
     }
 }
 
