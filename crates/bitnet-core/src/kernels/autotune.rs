@@ -6,10 +6,9 @@
 //! core the 2-bit product of 8 to 16 rows is a tenth faster. A server that is always busy can be told `--packing 2bit`, at
 //! the price of a quarter more memory for the body.
 
-use std::time::Instant;
-
 use super::{
     TernaryKernel,
+    limits::seconds_of,
     packing::{PackedLayout, PackedTernary, ROW_TILE},
     prefetch::Streaming,
 };
@@ -29,7 +28,7 @@ const ROUNDS: u32 = 12;
 /// on all workers of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
 /// moment and slower in the next.
 /// `weight_bytes` is what the model's weights take at 2 bits each: a model that fits the cache is judged in the cache, and
-/// no more memory than the model will need is touched. Takes about a tenth of a second for a large one.
+/// no more memory than the model will need is touched.
 ///
 /// # Panics
 /// When memory is exhausted.
@@ -52,13 +51,14 @@ pub fn autotune(
     let (x, mut out) = (x.view(1, COLS), vec![0.0; rows]);
     for _ in 0..ROUNDS {
         for (_, weights, best) in &mut timed {
-            let start = Instant::now();
             let shared = SharedRows::new(&mut out, 1);
-            pool.run(&|worker| {
-                let share = worker.share(rows, ROW_TILE);
-                kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
+            let seconds = seconds_of(|| {
+                pool.run(&|worker| {
+                    let share = worker.share(rows, ROW_TILE);
+                    kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
+                });
             });
-            *best = best.min(start.elapsed().as_secs_f64());
+            *best = best.min(seconds);
         }
     }
     for (choice, _, seconds) in &timed {

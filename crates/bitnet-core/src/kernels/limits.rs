@@ -81,7 +81,7 @@ impl Ruler {
     pub fn sample(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Limits {
         let isa = super::available().last().expect("the scalar kernel is always there").isa();
         let mut read = |prefetch: Prefetch| {
-            best_of(1, || {
+            seconds_of(|| {
                 pool.run(&|worker| {
                     let bytes = &self.memory[worker.share(READ_BYTES, BLOCK_BYTES)];
                     std::hint::black_box(isa.run(Sum { bytes, ahead: prefetch.bytes(1) }));
@@ -90,7 +90,7 @@ impl Ruler {
         };
         let read_seconds = Prefetch::ALL.map(&mut read).into_iter().fold(f64::INFINITY, f64::min);
         let macs = kernel.multiply_registers(1) * u64::from(self.rounds) * pool.num_threads() as u64;
-        let multiply_seconds = best_of(1, || {
+        let multiply_seconds = seconds_of(|| {
             pool.run(&|_| {
                 std::hint::black_box(kernel.multiply_registers(self.rounds));
             });
@@ -109,14 +109,11 @@ pub(super) fn touch(memory: &mut [u8], pool: &mut WorkerPool) {
     pool.run(&|worker| shared.claim(worker.share(num_blocks, 1)).as_flattened_mut().fill(FILL));
 }
 
-/// The shortest time of `rounds` calls in seconds.
-pub(super) fn best_of(rounds: u32, mut task: impl FnMut()) -> f64 {
-    let time = |_| {
-        let start = Instant::now();
-        task();
-        start.elapsed()
-    };
-    (0..rounds).map(time).min().unwrap_or(Duration::MAX).max(Duration::from_nanos(1)).as_secs_f64()
+/// How long `task` takes, in seconds; more than none.
+pub(super) fn seconds_of(task: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    task();
+    start.elapsed().max(Duration::from_nanos(1)).as_secs_f64()
 }
 
 /// Reads a slice once and asks for what follows in `ahead` bytes, 0 for nothing.

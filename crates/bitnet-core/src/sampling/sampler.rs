@@ -188,17 +188,17 @@ impl Sampler {
     }
 
     /// Whether neither min_p nor top_p cuts the candidate at `place`, whatever the logits of those that are none: they rank
-    /// after it, and there are at least as many of them as [`Split`] says.
+    /// after it, and add at least [`Rest`] to the sum, or nothing where min_p may have cut them all.
     fn is_surely_kept(&mut self, place: usize, params: &SamplingParams, max: f32) -> bool {
         let drawn = Candidate { score: self.row[place], id: self.ids[place] };
-        let mut rest = self.rest.relative_to(max);
-        if params.min_p > 0.0 {
-            self.keep_min_p(params.min_p, max);
-            rest = 0.0;
+        self.keep_min_p(params.min_p, max);
+        if self.row[place] == f32::NEG_INFINITY {
+            return false;
         }
-        if self.row[place] == f32::NEG_INFINITY || params.top_p >= 1.0 {
-            return self.row[place] > f32::NEG_INFINITY;
+        if params.top_p >= 1.0 {
+            return true;
         }
+        let rest = if params.min_p > 0.0 { 0.0 } else { self.rest.relative_to(max) };
         let candidates = self.row.iter().zip(&self.ids).map(|(&score, &id)| Candidate { score, id });
         self.candidates.clear();
         self.candidates.extend(candidates.filter(|candidate| candidate.rank(&drawn).is_lt()));

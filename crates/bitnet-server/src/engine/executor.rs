@@ -130,13 +130,13 @@ impl Executor for ModelExecutor {
         let readings: Vec<_> =
             rows.iter().map(|&(index, position)| shares[index].reading(position, most_few)).collect();
         let mut first = 0;
-        for same in readings.chunk_by(|a, b| a.is_read_with(*b)) {
+        for same in readings.chunk_by(Reading::is_read_with) {
             let rows = &rows[first..first + same.len()];
             match same[0] {
                 Reading::Hidden => self.pool_rows(first, rows, shares, &mut outputs),
                 Reading::Forced => pass_rows(rows, shares, &mut outputs),
                 Reading::Whole => self.read_rows(first, rows, shares, &mut outputs),
-                Reading::Few | Reading::Screened => {
+                Reading::Few(_) | Reading::Screened => {
                     self.read_screened_rows(first, rows, same, shares, &mut outputs);
                 }
             }
@@ -150,7 +150,7 @@ impl Executor for ModelExecutor {
 const FEW_OF_VOCAB: usize = 128;
 
 /// What a share wants of its rows that asked for logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Reading {
     /// What the logits would be made of.
     Hidden,
@@ -158,16 +158,16 @@ enum Reading {
     Forced,
     /// All logits.
     Whole,
-    /// Those of the few tokens that its rule allows.
-    Few,
+    /// Those of the few tokens that its rule allows, these.
+    Few(Vec<u32>),
     /// Those that matter for the next token, by the head's screen.
     Screened,
 }
 
 impl Reading {
     /// Whether rows of both are read at once.
-    fn is_read_with(self, other: Self) -> bool {
-        let by_screen = |reading| matches!(reading, Self::Few | Self::Screened);
+    fn is_read_with(&self, other: &Self) -> bool {
+        let by_screen = |reading: &Self| matches!(reading, Self::Few(_) | Self::Screened);
         self == other || by_screen(self) && by_screen(other)
     }
 }
@@ -232,7 +232,7 @@ impl ModelExecutor {
                     continue;
                 }
                 let drawn = match reading {
-                    Reading::Few => self.draw_of_few(first + i, share, position),
+                    Reading::Few(ids) => self.draw_of_few(first + i, ids, share, position),
                     _ => self.draw_screened(first + i, i, share, position),
                 };
                 share.note(drawn, output);
@@ -240,15 +240,19 @@ impl ModelExecutor {
         }
     }
 
-    /// The token after `position`, with the logits of the few tokens that the rule allows: those of the others would be
-    /// excluded. `row` of the rows that asked for logits.
-    fn draw_of_few(&mut self, row: usize, share: &Share<'_>, position: usize) -> Result<TokenEvent, EngineError> {
-        let vocab_size = self.vocab_size();
-        let ids = share.few_allowed(vocab_size / FEW_OF_VOCAB).ok_or(EngineError::Constraint)?;
-        let logits = self.model.score(row, &ids, &mut self.workspace);
+    /// The token after `position`, with the logits of `ids`, all that the rule allows: those of the others would be excluded.
+    /// `row` of the rows that asked for logits.
+    fn draw_of_few(
+        &mut self,
+        row: usize,
+        ids: &[u32],
+        share: &Share<'_>,
+        position: usize,
+    ) -> Result<TokenEvent, EngineError> {
         let mut few = std::mem::take(&mut self.reader.few);
         few.clear();
-        few.resize(vocab_size, f32::NEG_INFINITY);
+        few.resize(self.vocab_size(), f32::NEG_INFINITY);
+        let logits = self.model.score(row, ids, &mut self.workspace);
         ids.iter().zip(logits).for_each(|(&id, &logit)| few[id as usize] = logit);
         let drawn = self.reader.draw(&few, share, position);
         self.reader.few = few;
@@ -274,16 +278,12 @@ impl ModelExecutor {
             let logits = self.model.score(row, ids, &mut self.workspace);
             drawn = sampler.sample_among(logits, params, key).map_err(|_| EngineError::NotFinite)?;
         }
+        drop(constraint);
         let Some(token) = drawn else {
-            drop(constraint);
             let logits = self.model.logits(row..row + 1, &mut self.workspace);
             return self.reader.draw(logits, share, position);
         };
-        if let Some(constraint) = &mut constraint
-            && share.goes_on_with(token, position)
-        {
-            constraint.accept(token);
-        }
+        share.accept(token, position);
         Ok(TokenEvent { token, logprobs: None })
     }
 }
@@ -362,13 +362,18 @@ impl Share<'_> {
 
     /// How its row of `position` is read, by a model with a screen if there is a number of tokens that are few.
     fn reading(&self, position: usize, most_few: Option<usize>) -> Reading {
-        let few_allowed = |most| self.is_first(position) && self.few_allowed(most).is_some();
-        match self.sequence.pooled {
-            Some(_) => Reading::Hidden,
-            None if self.forced_after(position).is_some() => Reading::Forced,
-            None if most_few.is_some_and(few_allowed) => Reading::Few,
-            None if most_few.is_some() && !self.needs_whole_rows() => Reading::Screened,
-            None => Reading::Whole,
+        if self.sequence.pooled.is_some() {
+            return Reading::Hidden;
+        }
+        if self.forced_after(position).is_some() {
+            return Reading::Forced;
+        }
+        let Some(most_few) = most_few else { return Reading::Whole };
+        let few = if self.is_first(position) { self.few_allowed(most_few) } else { None };
+        match few {
+            Some(ids) => Reading::Few(ids),
+            None if self.needs_whole_rows() => Reading::Whole,
+            None => Reading::Screened,
         }
     }
 
@@ -394,11 +399,14 @@ impl Share<'_> {
         self.sequence.constraint.as_ref().map(RefCell::borrow_mut)
     }
 
-    /// Whether more follows once `token` was drawn after `position`.
-    fn goes_on_with(&self, token: TokenId, position: usize) -> bool {
+    /// Tells the constraint that `token` comes after `position`, unless the output ends with it.
+    fn accept(&self, token: TokenId, position: usize) {
         let request = &self.sequence.request;
         let num_generated = position + 1 - self.sequence.prompt_len();
-        !request.stop_tokens.contains(&token) && num_generated + 1 < request.max_tokens
+        let goes_on = !request.stop_tokens.contains(&token) && num_generated + 1 < request.max_tokens;
+        if let Some(mut constraint) = self.constraint().filter(|_| goes_on) {
+            constraint.accept(token);
+        }
     }
 
     /// Whether the token after `position` is the first one to be drawn.
@@ -447,9 +455,7 @@ fn pass_rows(rows: &[(usize, usize)], shares: &[Share<'_>], outputs: &mut [Resul
     for &(index, position) in rows {
         let (share, output) = (&shares[index], &mut outputs[index]);
         let Some(token) = share.forced_after(position).filter(|_| share.reaches(position, output)) else { continue };
-        if let Some(mut constraint) = share.constraint() {
-            constraint.accept(token);
-        }
+        share.accept(token, position);
         share.note(Ok(TokenEvent { token, logprobs: None }), output);
     }
 }
@@ -485,10 +491,9 @@ impl RowReader {
         self.known.extend_from_slice(&share.draft()[..num_true]);
         let (prompt, generated) = self.known.split_at(sequence.prompt_len());
         let banned = if generated.len() < request.min_tokens { &*request.stop_tokens } else { &[] };
-        let mut constraint = share.constraint();
-        let row = match &mut constraint {
+        let row = match share.constraint() {
             None => logits,
-            Some(constraint) => {
+            Some(mut constraint) => {
                 let allowed = constraint.allowed().map_err(|_| EngineError::Constraint)?;
                 allowed.apply(logits, &mut self.masked);
                 &self.masked
@@ -499,11 +504,7 @@ impl RowReader {
         let token = drawn.map_err(|_| EngineError::NotFinite)?;
         let scored = request.logprobs.map(|top| self.sampler.logprobs(logits, token, top)).transpose();
         let logprobs = scored.map_err(|_| EngineError::NotFinite)?;
-        if let Some(constraint) = &mut constraint
-            && share.goes_on_with(token, position)
-        {
-            constraint.accept(token);
-        }
+        share.accept(token, position);
         Ok(TokenEvent { token, logprobs })
     }
 }
