@@ -155,14 +155,19 @@ pub fn load_checkpoint(
         options.min_screened_vocab = usize::MAX;
     }
     let source = checkpoint.tokenizer.as_ref().ok_or(LoadFailure::NoTokenizer)?;
-    let tokenizer = Arc::new(Tokenizer::from_source(source)?);
     let generation = checkpoint.generation.clone();
     let eos = match source {
         TokenizerSource::Gguf(vocabulary) => vocabulary.eos,
         TokenizerSource::HuggingFace { .. } => None,
     };
     let mut pool = WorkerPool::new(settings.threads);
-    let model = Model::load_with(&checkpoint, kernel, &options, &mut pool, progress)?;
+    // The vocabulary is read beside the weights.
+    let (tokenizer, model) = std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::from_source(source));
+        let model = Model::load_with(&checkpoint, kernel, &options, &mut pool, progress);
+        (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), model)
+    });
+    let (tokenizer, model) = (Arc::new(tokenizer?), model?);
     let self_test = Instant::now();
     model.self_test(&mut pool).map_err(|failure| KernelError::Unsound { name: kernel.name().to_owned(), failure })?;
     tracing::debug!(kernels = ?kernels_test, model = ?self_test.elapsed(), "boot self-test passed");

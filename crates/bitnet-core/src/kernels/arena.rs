@@ -13,8 +13,13 @@ use std::{
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::threads::{SharedRows, WorkerPool};
+
 /// Less than this does not get a huge page: clearing it would cost more than it saves.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// No other page is smaller.
+const SMALL_PAGE: usize = 4096;
 
 /// Memory to be taken piece by piece. What was not taken was never touched, so it takes no memory.
 #[derive(Debug)]
@@ -57,6 +62,21 @@ impl Arena {
         Self::new(len).take(len)
     }
 
+    /// Bytes, taken or not.
+    pub(super) fn capacity(&self) -> usize {
+        self.0.map.len()
+    }
+
+    /// Has the system clear the pages of the next `len` bytes, or of as many as are left, by all workers. Left to whoever
+    /// writes first, one of them would wait while the other clears the huge page of a whole matrix, or both would clear it.
+    pub fn touch_next(&self, len: usize, pool: &mut WorkerPool) {
+        let used = self.0.used.load(Ordering::Relaxed);
+        let page_end = |offset: usize| offset.next_multiple_of(HUGE_PAGE).min(self.capacity());
+        // Dropped at once, and the last: its bytes are the next again.
+        let mut next = self.take(page_end(used.saturating_add(len)) - used);
+        touch(&mut next[page_end(used) - used..], pool);
+    }
+
     /// The next `len` bytes.
     ///
     /// # Panics
@@ -66,6 +86,18 @@ impl Arena {
         let start = self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room);
         Piece { pages: Arc::clone(&self.0), start: start.expect("an arena as large as what is packed into it"), len }
     }
+}
+
+/// Writes to every page, in parallel: memory never written is one page of zeros that stays in the cache.
+pub(super) fn touch(memory: &mut [u8], pool: &mut WorkerPool) {
+    fn touch_alone(memory: &mut [u8]) {
+        memory.iter_mut().step_by(SMALL_PAGE).for_each(|byte| *byte = 0);
+    }
+    let (pages, rest) = memory.as_chunks_mut::<HUGE_PAGE>();
+    touch_alone(rest);
+    let num_pages = pages.len();
+    let shared = SharedRows::new(pages, 1);
+    pool.run(&|worker| touch_alone(shared.claim(worker.share(num_pages, 1)).as_flattened_mut()));
 }
 
 impl Drop for Piece {
@@ -110,6 +142,8 @@ mod tests {
         drop(second);
         assert_eq!(arena.take(60).start, 40);
         assert!(arena.take(60).iter().take(50).all(|&byte| byte == 2), "and outlives nobody's arena");
+        arena.touch_next(usize::MAX / 2, &mut WorkerPool::new(2));
+        assert_eq!(arena.take(60).start, 40, "what was only touched is still to be taken");
     }
 
     #[test]

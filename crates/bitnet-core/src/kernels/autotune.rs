@@ -8,6 +8,7 @@
 
 use super::{
     TernaryKernel,
+    arena::Arena,
     limits::seconds_of,
     packing::{PackedLayout, PackedTernary, ROW_TILE},
     prefetch::Streaming,
@@ -27,24 +28,22 @@ const ROUNDS: u32 = 12;
 /// Times a matrix-vector product in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead,
 /// on all workers of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
 /// moment and slower in the next.
-/// `weight_bytes` is what the model's weights take at 2 bits each: a model that fits the cache is judged in the cache, and
-/// no more memory than the model will need is touched.
-///
-/// # Panics
-/// When memory is exhausted.
+/// What is read lies where the model's weights will: a model that fits the cache is judged in the cache, and the system
+/// clears that memory only once. `arena` is left as it was found.
 pub fn autotune(
     kernel: &dyn TernaryKernel,
     pool: &mut WorkerPool,
-    weight_bytes: usize,
+    arena: &Arena,
     layout: Option<PackedLayout>,
 ) -> Streaming {
     let choices = Streaming::choices(kernel, layout);
-    if choices.len() == 1 {
+    let panels_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) * choices.len();
+    let rows = arena.capacity().min(MAX_BYTES) / panels_bytes * ROW_TILE;
+    if choices.len() == 1 || rows == 0 {
         return choices[0];
     }
-    let row_bytes = PackedLayout::T32x2Bit.panel_bytes(COLS) / ROW_TILE * choices.len();
-    let rows = (weight_bytes.min(MAX_BYTES) / row_bytes).next_multiple_of(ROW_TILE).max(ROW_TILE);
-    let matrix = |choice: Streaming| (choice, PackedTernary::arbitrary(rows, COLS, choice, pool), f64::INFINITY);
+    let matrix =
+        |choice: Streaming| (choice, PackedTernary::arbitrary(arena, (rows, COLS), choice, pool), f64::INFINITY);
     let mut timed: Vec<_> = choices.into_iter().map(matrix).collect();
     let mut x = ActivationBuffer::new(1, COLS);
     x.quantize_row(0, &[1.0; COLS]);
@@ -64,6 +63,8 @@ pub fn autotune(
     for (choice, _, seconds) in &timed {
         tracing::debug!(?choice, rows, seconds, "timed a way to read weights");
     }
-    let fastest = timed.into_iter().reduce(|best, next| if next.2 < best.2 { next } else { best });
-    fastest.expect("a kernel has a layout").0
+    let fastest = timed.iter().min_by(|(_, _, a), (_, _, b)| a.total_cmp(b)).expect("a kernel has a layout").0;
+    // The last one first, so that the arena gets its bytes back.
+    timed.into_iter().rev().for_each(drop);
+    fastest
 }

@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 
 use super::{
     FloatOp, TernaryKernel,
-    arena::{Arena, Piece},
+    arena::{Arena, Piece, touch},
     prefetch::Prefetch,
     prefetch_line,
 };
-use crate::threads::{SharedRows, WorkerPool};
+use crate::threads::WorkerPool;
 
 /// Many times the last-level cache of most machines, so that hardly any of it is still there in the next sample.
 const READ_BYTES: usize = 512 << 20;
@@ -27,9 +27,6 @@ const READ_BYTES: usize = 512 << 20;
 const BLOCK_BYTES: usize = 4096;
 /// How long multiplications are timed in a sample, in nanoseconds: starting and ending a phase, a microsecond, does not show.
 const MULTIPLY_NANOS: u128 = 5_000_000;
-
-/// What memory is filled with: codes of weights in every layout.
-const FILL: u8 = 0x55;
 
 /// What the machine can do at most, at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -97,16 +94,6 @@ impl Ruler {
         });
         Limits { read_bytes_per_s: READ_BYTES as f64 / read_seconds, int8_macs_per_s: macs as f64 / multiply_seconds }
     }
-}
-
-/// Writes every page, in parallel: memory never written is one page of zeros that stays in the cache.
-pub(super) fn touch(memory: &mut [u8], pool: &mut WorkerPool) {
-    // In blocks: shared memory keeps a bit for each of its rows.
-    let (blocks, rest) = memory.as_chunks_mut::<BLOCK_BYTES>();
-    rest.fill(FILL);
-    let num_blocks = blocks.len();
-    let shared = SharedRows::new(blocks, 1);
-    pool.run(&|worker| shared.claim(worker.share(num_blocks, 1)).as_flattened_mut().fill(FILL));
 }
 
 /// How long `task` takes, in seconds; more than none.

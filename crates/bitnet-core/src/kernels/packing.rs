@@ -16,7 +16,7 @@ use std::{
 };
 
 use super::{
-    arena::{Arena, Piece},
+    arena::{self, Arena, Piece},
     prefetch::{Prefetch, Streaming},
 };
 use crate::threads::{SharedRows, WorkerPool};
@@ -146,13 +146,13 @@ impl PackedTernary {
 
     /// A matrix of some weights, for timing: written, so that it is in memory, but not worth packing.
     pub(super) fn arbitrary(
-        rows: usize,
-        cols: usize,
+        arena: &Arena,
+        (rows, cols): (usize, usize),
         Streaming { layout, prefetch }: Streaming,
         pool: &mut WorkerPool,
     ) -> Self {
-        let mut memory = Arena::whole(layout.matrix_bytes(rows, cols));
-        super::limits::touch(&mut memory, pool);
+        let mut memory = arena.take(layout.matrix_bytes(rows, cols));
+        arena::touch(&mut memory, pool);
         Self { memory, layout, prefetch, rows, cols, scale: 1.0 }
     }
 
@@ -187,13 +187,14 @@ impl PackedTernary {
     /// When there is no such row.
     pub fn is_zero_row(&self, row: usize) -> bool {
         assert!(row < self.rows, "row {row} of {}", self.rows);
+        const ZEROS: u32 = u32::from_le_bytes([1; 4]);
         let zeros = match self.layout {
-            PackedLayout::T32x2Bit => pack_2bit([1; 4]),
-            PackedLayout::T32x5Trit => pack_5trit([1; 5]),
+            PackedLayout::T32x2Bit => pack_2bit([ZEROS; 4]),
+            PackedLayout::T32x5Trit => pack_5trit([ZEROS; 5]),
         };
         let panel_bytes = self.layout.panel_bytes(self.cols);
         let panel = &self.memory[row / ROW_TILE * panel_bytes..][..panel_bytes];
-        panel.as_chunks::<4>().0[row % ROW_TILE..].iter().step_by(ROW_TILE).all(|word| *word == [zeros; 4])
+        panel.as_chunks::<4>().0[row % ROW_TILE..].iter().step_by(ROW_TILE).all(|word| *word == zeros)
     }
 
     /// The rows `rows`, for one worker.
@@ -316,25 +317,33 @@ fn decode_panel<E>(
     Ok(())
 }
 
-/// Arranges `codes` (`[ROW_TILE, cols padded]`) as tiles; `pack` makes a byte of its planes.
-fn pack_panel<const PLANES: usize>(codes: &[i8], panel: &mut [u8], pack: impl Fn([u8; PLANES]) -> u8) {
+/// Arranges `codes` (`[ROW_TILE, cols padded]`) as tiles; `pack` makes four bytes of the words of their planes.
+fn pack_panel<const PLANES: usize>(codes: &[i8], panel: &mut [u8], pack: impl Fn([u32; PLANES]) -> [u8; 4]) {
     for (row, codes) in codes.chunks_exact(codes.len() / ROW_TILE).enumerate() {
-        let tiles = panel.chunks_exact_mut(TILE_BYTES);
-        for (tile, columns) in tiles.zip(codes.chunks_exact(4 * PLANES)) {
-            let word = &mut tile[4 * row..4 * row + 4];
-            for (byte, packed) in word.iter_mut().enumerate() {
-                *packed = pack(std::array::from_fn(|plane| columns[4 * plane + byte].cast_unsigned()));
-            }
+        let words = panel.as_chunks_mut::<4>().0[row..].iter_mut().step_by(ROW_TILE);
+        let columns = codes.as_chunks::<4>().0.as_chunks::<PLANES>().0;
+        for (packed, columns) in words.zip(columns) {
+            *packed = pack(columns.map(|codes| u32::from_le_bytes(codes.map(i8::cast_unsigned))));
         }
     }
 }
 
-fn pack_2bit(codes: [u8; 4]) -> u8 {
-    codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+fn pack_2bit(planes: [u32; 4]) -> [u8; 4] {
+    (planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6).to_le_bytes()
 }
 
-fn pack_5trit(codes: [u8; 5]) -> u8 {
-    let number = codes.iter().fold(0, |number, &code| 3 * number + u16::from(code));
-    // At most ceil(256 * 242 / 243) = 255.
-    (256 * number).div_ceil(243) as u8
+fn pack_5trit(planes: [u32; 5]) -> [u8; 4] {
+    /// The fraction of each number; at most ceil(256 * 242 / 243) = 255.
+    const FRACTIONS: [u8; 243] = {
+        let mut fractions = [0; 243];
+        let mut number = 0;
+        while number < fractions.len() {
+            fractions[number] = (256 * number).div_ceil(243) as u8;
+            number += 1;
+        }
+        fractions
+    };
+    // Four numbers at once: none reaches 243, so none carries into its neighbour.
+    let numbers = planes.iter().fold(0, |numbers, codes| 3 * numbers + codes);
+    numbers.to_le_bytes().map(|number| FRACTIONS[usize::from(number)])
 }

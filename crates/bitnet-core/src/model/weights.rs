@@ -130,10 +130,12 @@ impl Model {
         if let Some(layout) = options.packing {
             assert!(kernel.layouts().contains(&layout), "{} cannot read {}", kernel.name(), layout.name());
         }
-        let Streaming { layout, prefetch } = kernels::autotune(kernel, pool, (total / 4) as usize, options.packing);
+        let head = weights.lm_head.as_ref().unwrap_or(&weights.token_embedding);
+        let screen = (head.rows >= options.min_screened_vocab).then(|| screen::pack(head, kernel.isa(), pool));
         // Dropping channels makes a matrix no larger.
-        let capacity = weights.layers.iter().flat_map(linears).map(|t| layout.matrix_bytes(t.rows, t.cols)).sum();
-        let arena = Arena::new(capacity);
+        let capacity = |layout| weights.layers.iter().map(|layer| packed_bytes(layer, layout)).sum();
+        let arena = Arena::new(PackedLayout::ALL.map(capacity).into_iter().fold(0, usize::max));
+        let Streaming { layout, prefetch } = kernels::autotune(kernel, pool, &arena, options.packing);
         let config = (options.sparse_ffn != SparseFfn::Off).then_some(&checkpoint.config);
         let mut repacker = Repacker {
             layout,
@@ -153,7 +155,6 @@ impl Model {
             tracing::info!(num_dropped_channels, "dropped dead channels of the feed-forward blocks");
         }
         let sparse_limits = sparse::measure(options.sparse_ffn, &layers, kernel, pool);
-        let head = weights.lm_head.as_ref().unwrap_or(&weights.token_embedding);
         Ok(Self {
             kernel,
             layout,
@@ -164,8 +165,7 @@ impl Model {
             layers,
             output_norm: weights.output_norm.clone(),
             head: weights.lm_head.clone(),
-            screen: (head.rows >= options.min_screened_vocab)
-                .then(|| screen::pack(head, kernel.isa(), pool).with_prefetch(prefetch)),
+            screen: screen.map(|screen| screen.with_prefetch(prefetch)),
             config: checkpoint.config.clone(),
         })
     }
@@ -273,6 +273,7 @@ struct FeedForward {
 
 impl Repacker<'_> {
     fn layer(&mut self, layer: &LayerTensors) -> Result<Layer, LoadError> {
+        self.arena.touch_next(packed_bytes(layer, self.layout), self.pool);
         let sparse = self.sparse.map(|config| SparseLayer::pack(config, layer, self.pool)).transpose()?;
         let FeedForward { gate, up, sub_norm, down } = self.feed_forward(layer)?;
         Ok(Layer {
@@ -352,6 +353,10 @@ impl Repacker<'_> {
 
 fn linears(layer: &LayerTensors) -> [&TernaryTensor; 7] {
     [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down]
+}
+
+fn packed_bytes(layer: &LayerTensors, layout: PackedLayout) -> usize {
+    linears(layer).map(|tensor| layout.matrix_bytes(tensor.rows, tensor.cols)).iter().sum()
 }
 
 fn num_weights(tensor: &TernaryTensor) -> u64 {
