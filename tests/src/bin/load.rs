@@ -87,7 +87,8 @@ async fn main() {
             println!("{}", overload::run(&server, load_plan(&arguments)).await);
         }
         Program::Soak => {
-            let server = Arc::new(serve(&arguments, &[]));
+            // Small enough to be full long before the second half: what a cache may hold is no growth.
+            let server = Arc::new(serve(&arguments, &["--response-cache-mb", "1"]));
             println!("{}", soak::run(&server, load_plan(&arguments), Duration::from_secs(arguments.seconds)).await);
         }
     }

@@ -45,6 +45,8 @@ pub struct Report {
     pub settled: Option<f64>,
     /// Seconds within which 99 % of those who left had their blocks freed: the upper end of a bucket.
     pub freed_within: f64,
+    /// Seconds that 99 % of the steps took at most: the upper end of a bucket.
+    pub steps_within: f64,
     /// Requests that were really cancelled rather than answered before.
     pub cancelled: u64,
     /// Requests that were neither: refused, or broken off by the server.
@@ -81,7 +83,8 @@ pub async fn run(server: &Server, plan: Plan) -> Report {
         waiting: gauge("bitnet_requests_waiting{").await,
         connections: gauge("bitnet_http_connections_open").await,
         settled,
-        freed_within: freed_within(server, 0.99).await,
+        freed_within: quantile(server, "bitnet_cancel_duration_seconds", 0.99).await,
+        steps_within: quantile(server, "bitnet_engine_step_duration_seconds", 0.99).await,
         cancelled: ends.iter().filter(|end| **end == End::Cancelled).count() as u64,
         failed: ends.into_iter().filter_map(|end| if let End::Failed(why) = end { Some(why) } else { None }).collect(),
         before,
@@ -155,17 +158,20 @@ async fn settle(server: &Server) -> Option<f64> {
     None
 }
 
-/// The upper end of the bucket that holds quantile `q` of the time from a reader's leaving to its blocks being free.
-async fn freed_within(server: &Server, q: f64) -> f64 {
+/// The upper end of the bucket that holds quantile `q` of the histogram `name`, over all its label values.
+async fn quantile(server: &Server, name: &str, q: f64) -> f64 {
     let text = server.get("/metrics").await.body;
     let bucket = |line: &str| -> Option<(f64, f64)> {
-        let (end, rest) =
-            line.strip_prefix("bitnet_cancel_duration_seconds_bucket")?.split_once("le=\"")?.1.split_once('"')?;
-        Some((end.parse().ok()?, rest.split_whitespace().next_back()?.parse().ok()?))
+        let (labels, count) = line.strip_prefix(name)?.strip_prefix("_bucket{")?.rsplit_once("} ")?;
+        let end = labels.split_once("le=\"")?.1.split_once('"')?.0;
+        Some((end.parse().ok()?, count.parse().ok()?))
     };
-    let buckets: Vec<(f64, f64)> = text.lines().filter_map(bucket).collect();
-    let all = buckets.last().map_or(0.0, |(_, count)| *count);
-    buckets.iter().find(|(_, count)| *count >= q * all).map_or(f64::NAN, |(end, _)| *end)
+    let mut buckets: Vec<(f64, f64)> = text.lines().filter_map(bucket).collect();
+    buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let same_end = buckets.chunk_by(|a, b| a.0 == b.0);
+    let ends: Vec<(f64, f64)> = same_end.map(|same| (same[0].0, same.iter().map(|bucket| bucket.1).sum())).collect();
+    let all = ends.last().map_or(0.0, |(_, count)| *count);
+    ends.iter().find(|(_, count)| *count >= q * all).map_or(f64::NAN, |(end, _)| *end)
 }
 
 impl Report {
@@ -184,7 +190,8 @@ impl fmt::Display for Report {
             "running {}, waiting {}, blocks used {}, connections {}",
             self.running, self.waiting, self.used_blocks, self.connections
         )?;
-        writeln!(f, "99 % freed within {:.0} ms", self.freed_within * 1e3)?;
+        let [freed, steps] = [self.freed_within, self.steps_within].map(|seconds| seconds * 1e3);
+        writeln!(f, "99 % freed within {freed:.0} ms; 99 % of the steps within {steps:.0} ms")?;
         writeln!(f, "descriptors, threads: {:?} before, {:?} after", self.before, self.after)?;
         let (early, late) = self.memory;
         write!(f, "anonymous memory: {early} -> {late} bytes ({:+.2} %)", 100.0 * self.growth())

@@ -13,9 +13,10 @@ use super::labels::{
 /// Arrival to something a user sees.
 const FIRST_TOKEN_BUCKETS: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0];
-/// Gaps between tokens and single steps.
+/// Single steps, and what lasts as long as one: gaps between tokens, the end of a sequence whose reader has left.
 const STEP_BUCKETS: &[f64] = &[
-    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5,
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.75, 1.0,
+    2.5, 5.0, 10.0,
 ];
 /// Whole requests.
 const REQUEST_BUCKETS: &[f64] =
@@ -209,7 +210,7 @@ impl Families {
             cancel_duration: server.histogram(
                 "cancel_duration_seconds",
                 "Time from when a reader went to when the blocks of its sequence were free.",
-                FIRST_TOKEN_BUCKETS,
+                STEP_BUCKETS,
             ),
             security_events: server.counters("security_events_total", "Lines of the security log.", &["event"]),
             filter_matches: server.counters(
