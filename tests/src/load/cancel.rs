@@ -45,7 +45,7 @@ pub struct Report {
     pub settled: Option<f64>,
     /// Seconds within which 99 % of those who left had their blocks freed: the upper end of a bucket.
     pub freed_within: f64,
-    /// Seconds that 99 % of the steps took at most: the upper end of a bucket.
+    /// Seconds that 99 % of the steps took at most, those that were given up aside: the upper end of a bucket.
     pub steps_within: f64,
     /// Requests that were really cancelled rather than answered before.
     pub cancelled: u64,
@@ -158,7 +158,7 @@ async fn settle(server: &Server) -> Option<f64> {
     None
 }
 
-/// The upper end of the bucket that holds quantile `q` of the histogram `name`, over all its label values.
+/// The upper end of the bucket that holds quantile `q` of the histogram `name`, over all its label values; NaN of nothing.
 async fn quantile(server: &Server, name: &str, q: f64) -> f64 {
     let text = server.get("/metrics").await.body;
     let bucket = |line: &str| -> Option<(f64, f64)> {
@@ -171,7 +171,7 @@ async fn quantile(server: &Server, name: &str, q: f64) -> f64 {
     let same_end = buckets.chunk_by(|a, b| a.0 == b.0);
     let ends: Vec<(f64, f64)> = same_end.map(|same| (same[0].0, same.iter().map(|bucket| bucket.1).sum())).collect();
     let all = ends.last().map_or(0.0, |(_, count)| *count);
-    ends.iter().find(|(_, count)| *count >= q * all).map_or(f64::NAN, |(end, _)| *end)
+    ends.iter().find(|(_, count)| *count > 0.0 && *count >= q * all).map_or(f64::NAN, |(end, _)| *end)
 }
 
 impl Report {

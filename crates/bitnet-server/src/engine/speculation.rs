@@ -81,10 +81,12 @@ impl StepCosts {
     }
 
     /// A step in which `num_sequences` generate, and nothing else happens unless it is `beside_prompts`. Without a fresh
-    /// measurement of it as it is, there is nothing to compare with, so nothing is guessed and it is measured.
+    /// measurement of it as it is, there is nothing to compare with, so nothing is guessed and it is measured. Nothing is
+    /// guessed beside a step that hardly takes longer than looking for guesses.
     pub fn plan(&self, num_sequences: usize, beside_prompts: bool) -> StepPlan<'_> {
         let plain = self.measured.get(num_sequences).copied().flatten();
-        let plain = plain.filter(|plain| self.num_steps - plain.at_step < STEPS_UNTIL_STALE);
+        let is_fresh = |plain: &Measured| self.num_steps - plain.at_step < STEPS_UNTIL_STALE;
+        let plain = plain.filter(|plain| is_fresh(plain) && plain.seconds >= SHORTEST_STEP);
         let plain = plain.map(|plain| plain.seconds);
         StepPlan { costs: self, plain, beside_prompts, num_sequences, num_rows: num_sequences }
     }
@@ -241,6 +243,8 @@ const SURCHARGE_UNMEASURED: f64 = 0.3;
 const LEAST_SURCHARGE: f64 = 0.02;
 /// A plain step is measured anew after so many others: the context grows, the machine gets other work.
 const STEPS_UNTIL_STALE: u64 = 64;
+/// Seconds. To look for guesses takes some microseconds.
+const SHORTEST_STEP: f64 = 0.0001;
 const STEPS_TO_FORGET: f64 = 256.0;
 const LEAST_WEIGHT: f64 = 0.1;
 
@@ -356,6 +360,9 @@ mod tests {
         assert_eq!(propose(4, 3, 64, 64), []);
         assert_eq!(propose(9, 1, 8, 64), [1].map(TokenId), "the context ends");
         assert_eq!(propose(9, 1, 64, 2), [1].map(TokenId), "not an id");
+        let mut short = StepCosts::default();
+        [4, 3, 2, 1].into_iter().for_each(|num_rows| short.record(num_rows, 0.00005));
+        assert!(short.plan(1, false).is_over(&Guesses::new(Prediction::default())), "there is nothing to gain");
         let unmeasured = StepCosts::default();
         assert_eq!(
             unmeasured.plan(1, false).take(&Guesses::new(Prediction::default()), 3),
