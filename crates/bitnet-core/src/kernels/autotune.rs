@@ -1,10 +1,11 @@
 //! Which packing is the fastest here: fewer bytes a weight against more work to decode them. Both give the same integers, so
 //! the answer, unlike any other measurement, may decide how a model runs.
 //!
-//! The rule: the time of one token decides. That is what someone alone waits for, memory bounds it, and a tie goes to the
-//! kernel's first layout. In batches the multiplications bound it, and decoding 1.6 bits takes some of them away: on a Zen 5
-//! core the 2-bit product of 8 to 16 rows is a tenth faster. A server that is always busy can be told `--packing 2bit`, at
-//! the price of a quarter more memory for the body.
+//! The rule: the geometric mean of the times of a step for one sequence, for four and for eight decides; a tie goes to the
+//! kernel's first layout. Memory bounds someone alone, whom 1.6 bits help where it is slow; multiplications bound a batch, and
+//! decoding 1.6 bits takes some of them away: on a Zen 4 core the 2-bit product is a quarter slower for one token, as much
+//! faster for four, and a fifteenth faster for eight. Who is always alone can be told `--packing 1.6bit`, which saves a fifth
+//! of the body's memory too.
 
 use super::{
     TernaryKernel,
@@ -15,18 +16,19 @@ use super::{
 };
 use crate::{
     quant::activation::ActivationBuffer,
-    threads::{SharedRows, WorkerPool},
+    threads::{SharedColumns, WorkerPool},
 };
 
 /// Columns of the matrices that are timed.
 const COLS: usize = 2560;
 /// More than this in all would only take longer: no last-level cache holds it.
 const MAX_BYTES: usize = 256 << 20;
-/// Passes over each matrix, of which the fastest counts.
-const ROUNDS: u32 = 12;
+/// Tokens of the products that are timed, and in how many rounds: a pass over much memory varies the most.
+const TIMED: [(usize, u32); 3] = [(1, 12), (4, 3), (8, 3)];
+const MAX_TOKENS: usize = 8;
 
-/// Times a matrix-vector product in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead,
-/// on all workers of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
+/// Times products in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead, on all workers
+/// of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
 /// moment and slower in the next.
 /// What is read lies where the model's weights will: a model that fits the cache is judged in the cache, and the system
 /// clears that memory only once. `arena` is left as it was found.
@@ -43,27 +45,33 @@ pub fn autotune(
         return choices[0];
     }
     let matrix =
-        |choice: Streaming| (choice, PackedTernary::arbitrary(arena, (rows, COLS), choice, pool), f64::INFINITY);
+        |choice| (choice, PackedTernary::arbitrary(arena, (rows, COLS), choice, pool), TIMED.map(|_| f64::INFINITY));
     let mut timed: Vec<_> = choices.into_iter().map(matrix).collect();
-    let mut x = ActivationBuffer::new(1, COLS);
-    x.quantize_row(0, &[1.0; COLS]);
-    let (x, mut out) = (x.view(1, COLS), vec![0.0; rows]);
-    for _ in 0..ROUNDS {
-        for (_, weights, best) in &mut timed {
-            let shared = SharedRows::new(&mut out, 1);
-            let seconds = seconds_of(|| {
-                pool.run(&|worker| {
-                    let share = worker.share(rows, ROW_TILE);
-                    kernel.gemv(&weights.slice(share.clone()), &x, shared.claim(share));
+    let mut x = ActivationBuffer::new(MAX_TOKENS, COLS);
+    (0..MAX_TOKENS).for_each(|token| x.quantize_row(token, &[1.0; COLS]));
+    let mut out = vec![0.0; MAX_TOKENS * rows];
+    for (index, (num_tokens, num_rounds)) in TIMED.into_iter().enumerate() {
+        let x = x.view(num_tokens, COLS);
+        for _ in 0..num_rounds {
+            for (_, weights, best) in &mut timed {
+                let out = SharedColumns::new(&mut out[..num_tokens * rows], rows, ROW_TILE);
+                let seconds = seconds_of(|| {
+                    pool.run(&|worker| {
+                        let share = worker.share(rows, ROW_TILE);
+                        kernel.multiply(&weights.slice(share.clone()), &x, &mut out.claim(share));
+                    });
                 });
-            });
-            *best = best.min(seconds);
+                best[index] = best[index].min(seconds);
+            }
         }
     }
     for (choice, _, seconds) in &timed {
-        tracing::debug!(?choice, rows, seconds, "timed a way to read weights");
+        tracing::debug!(?choice, rows, ?seconds, "timed a way to read weights");
     }
-    let fastest = timed.iter().min_by(|(_, _, a), (_, _, b)| a.total_cmp(b)).expect("a kernel has a layout").0;
+    // Their product orders like their mean.
+    let time = |seconds: &[f64; TIMED.len()]| seconds.iter().product::<f64>();
+    let fastest = timed.iter().min_by(|(_, _, a), (_, _, b)| time(a).total_cmp(&time(b)));
+    let fastest = fastest.expect("a kernel has a layout").0;
     // The last one first, so that the arena gets its bytes back.
     timed.into_iter().rev().for_each(drop);
     fastest

@@ -62,6 +62,18 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// When the shapes do not agree or the layout is none of this kernel's.
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
 
+    /// [`Self::gemv`] of a single token, [`Self::gemm`] of several.
+    ///
+    /// # Panics
+    /// As there.
+    fn multiply(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+        if x.num_tokens() == 1 {
+            self.gemv(w, x, out.row_mut(0));
+        } else {
+            self.gemm(w, x, out);
+        }
+    }
+
     /// Estimates of the product of every row and token, and how far from the exact value each can be.
     /// `estimates`, `radii: [x.num_tokens(), w.rows()]`
     ///

@@ -58,14 +58,8 @@ fn multiply<'a>(
 ) -> ColumnsMut<'a> {
     let share = worker.share(w.rows(), ROW_TILE);
     let mut columns = out.claim(share.clone());
-    if share.is_empty() {
-        return columns;
-    }
-    let weights = w.slice(share);
-    if x.num_tokens() == 1 {
-        kernel.gemv(&weights, x, columns.row_mut(0));
-    } else {
-        kernel.gemm(&weights, x, &mut columns);
+    if !share.is_empty() {
+        kernel.multiply(&w.slice(share), x, &mut columns);
     }
     columns
 }
