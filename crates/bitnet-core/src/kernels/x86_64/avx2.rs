@@ -7,13 +7,17 @@
 use std::arch::{
     asm,
     x86_64::{
-        __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256,
-        _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-        _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+        __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+        _mm256_cvtepi8_epi16, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64,
+        _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256,
+        _mm256_srai_epi32, _mm256_srli_epi16,
     },
 };
 
-use super::{PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks};
+use super::{
+    PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, load_tile, prefetch_step, unpack},
+};
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
@@ -24,17 +28,23 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// Tokens multiplied at once: 2 x 4 sums of 16 bits stay in registers between two flushes.
-const BLOCK: usize = 4;
+/// Packed panels: 4 x 2 sums of 16 bits stay in registers between two flushes.
+const BLOCK: usize = 2;
 
-/// Tokens of a block of the screen, each with two halves.
-const SCREEN_BLOCK: usize = BLOCK / 2;
+/// Unpacked panels: 2 x 6 sums leave four registers for weights, activations and products.
+const UNPACKED_BLOCK: usize = 6;
+
+/// Tokens of a block of the screen: 2 x 4 sums, and registers for as many activations.
+const SCREEN_BLOCK: usize = 4;
 
 /// From here on unpacking costs less than what it takes away from the multiplications beside it.
-const UNPACK_FROM: usize = 3;
+const UNPACK_FROM: usize = BLOCK + 1;
 
 /// Tiles between two flushes; see the bound above.
 const FLUSH_TILES: usize = 15;
+
+/// Steps of the screen between two flushes; the bound is at [`screen_gemm`].
+const SCREEN_FLUSH_STEPS: usize = 256;
 
 /// Proof that this CPU has AVX2, FMA and F16C: only [`detect`] makes one.
 #[derive(Debug)]
@@ -107,8 +117,8 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
         });
     } else {
         let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
-        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4], unpacked_gemm::<N>(panel, block, sums));
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, block, sums));
         });
     }
 }
@@ -116,13 +126,17 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
     let ahead = w.ahead(x.num_tokens());
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, |panel, block, sums| {
-        by_tokens!(sums.len(), [2 4], screen_gemm::<N>(panel, ahead, block, sums));
+    let join = |block: &mut [i8]| join_halves(block);
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, join, |panel, block, sums| match sums.len() {
+        2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
+        4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
+        6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
+        _ => screen_gemm::<4, 1>(panel, ahead, block, sums),
     });
 }
 
 /// ```text
-/// for half of 16 rows, run of 15 tiles:
+/// for run of 15 tiles:
 ///     for tile, plane of 4 columns, token: narrow[token] += plane of codes * activations     16 bits
 ///     wide[token] += pairs of narrow[token]                                                  32 bits
 /// ```
@@ -130,58 +144,38 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
-    for half in 0..2 {
-        let mut wide = [[_mm256_setzero_si256(); 2]; N];
-        for first in (0..num_tiles).step_by(FLUSH_TILES) {
-            let mut narrow = [[_mm256_setzero_si256(); 2]; N];
-            for tile in first..num_tiles.min(first + FLUSH_TILES) {
-                // SAFETY: the half tile's 64 bytes lie inside the panel.
-                let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
-                for plane in 0..4 {
-                    let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
-                    quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
-                    for (token, narrow) in narrow.iter_mut().enumerate() {
-                        // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
-                        let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
-                        for quarter in 0..2 {
-                            let pairs = _mm256_maddubs_epi16(weights[quarter], x);
-                            narrow[quarter] = _mm256_add_epi16(narrow[quarter], pairs);
-                        }
+    let mut wide = [[_mm256_setzero_si256(); 4]; N];
+    for first in (0..num_tiles).step_by(FLUSH_TILES) {
+        let mut narrow = [[_mm256_setzero_si256(); 4]; N];
+        for tile in first..num_tiles.min(first + FLUSH_TILES) {
+            // SAFETY: the tile's 128 bytes lie inside the panel.
+            let mut quarters = unsafe { load_tile(panel, ahead, tile) };
+            for plane in 0..4 {
+                let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
+                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+                for (token, narrow) in narrow.iter_mut().enumerate() {
+                    // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
+                    let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };
+                    for quarter in 0..4 {
+                        let pairs = _mm256_maddubs_epi16(weights[quarter], x);
+                        narrow[quarter] = _mm256_add_epi16(narrow[quarter], pairs);
                     }
                 }
             }
-            for (wide, narrow) in wide.iter_mut().zip(narrow) {
-                for quarter in 0..2 {
-                    wide[quarter] = _mm256_add_epi32(wide[quarter], _mm256_madd_epi16(narrow[quarter], ones));
-                }
-            }
         }
-        for (out, wide) in out.iter_mut().zip(wide) {
-            add_half(wide, half, out);
+        for (wide, narrow) in wide.iter_mut().zip(narrow) {
+            for quarter in 0..4 {
+                wide[quarter] = _mm256_add_epi32(wide[quarter], _mm256_madd_epi16(narrow[quarter], ones));
+            }
         }
     }
-}
-
-/// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
-#[target_feature(enable = "avx2")]
-fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
-    let mask = _mm256_set1_epi8(3);
-    let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
-    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
-    for (tile, unpacked) in tiles.iter_mut().enumerate() {
-        for half in 0..2 {
-            // SAFETY: the half tile's 64 bytes lie inside the panel.
-            let mut quarters = unsafe { load_half_tile(panel, ahead, tile, half) };
-            for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
-                store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), half, step);
-                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
-            }
-        }
+    for (out, wide) in out.iter_mut().zip(wide) {
+        add_quarters(wide, 0, out);
     }
 }
 
 /// ```text
-/// for half of 16 rows, run of 60 steps:
+/// for two quarters of 8 rows, run of 60 steps:
 ///     for step of 4 columns, token: narrow[token] += codes[step] * activations[step][token]      16 bits
 ///     wide[token] += pairs of narrow[token]                                                      32 bits
 /// ```
@@ -189,13 +183,13 @@ fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
 fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let ones = _mm256_set1_epi16(1);
-    for half in 0..2 {
+    for first_quarter in [0, 2] {
         let mut wide = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..num_steps).step_by(4 * FLUSH_TILES) {
             let mut narrow = [[_mm256_setzero_si256(); 2]; N];
             for step in first..num_steps.min(first + 4 * FLUSH_TILES) {
                 // SAFETY: the step's 128 bytes lie inside the panel.
-                let weights = unsafe { load_half(panel, step, half) };
+                let weights: [_; 2] = unsafe { load(panel, step, first_quarter) };
                 for (token, narrow) in narrow.iter_mut().enumerate() {
                     // SAFETY: 4 codes a step and token, checked by `num_tiles`.
                     let x = unsafe { broadcast(block, step * N + token) };
@@ -212,96 +206,87 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSum
             }
         }
         for (out, wide) in out.iter_mut().zip(wide) {
-            add_half(wide, half, out);
+            add_quarters(wide, first_quarter, out);
         }
     }
 }
 
-/// As [`unpacked_gemm`] for signed weights of 8 bits and unsigned activations of 7: a pair of products is at most
-/// 2 * 127 * 127 = 32,258, so there is room for one only.
+/// The halves of a step's activations, `[token, 2, 4]` bytes, become their codes of 14 bits, `[token, 4]`: one multiplication
+/// in 16 bits then does what two in 8 bits and the addition of their pairs would.
 #[target_feature(enable = "avx2")]
-fn screen_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
-    let num_steps = num_tiles(panel, block, 1, N);
-    let ones = _mm256_set1_epi16(1);
-    for half in 0..2 {
-        let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        for step in 0..num_steps {
-            // SAFETY: the step's 128 bytes lie inside the panel.
-            let weights = unsafe { load_half_tile(panel, ahead, step, half) };
-            for (token, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: 4 codes a step and token, checked by `num_tiles`.
-                let x = unsafe { broadcast(block, step * N + token) };
-                for quarter in 0..2 {
-                    let fours = _mm256_madd_epi16(_mm256_maddubs_epi16(x, weights[quarter]), ones);
-                    sums[quarter] = _mm256_add_epi32(sums[quarter], fours);
+fn join_halves(block: &mut [i8]) {
+    for codes in block.as_chunks_mut::<8>().0 {
+        let [high, low] = [0, 4].map(|half| std::array::from_fn::<_, 4, _>(|code| i16::from(codes[half + code])));
+        for ((bytes, high), low) in codes.as_chunks_mut::<2>().0.iter_mut().zip(high).zip(low) {
+            *bytes = (128 * high + low).to_ne_bytes().map(u8::cast_signed);
+        }
+    }
+}
+
+/// ```text
+/// for `Q` quarters of 8 rows, run of 256 steps:
+///     for step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
+/// ```
+/// Signed weights of 8 bits and activations that [`join_halves`] has joined; `out` has sums of high and low halves. A sum of a
+/// row's even or odd pairs is at most 256 * 2 * 127 * 16,383 < 2^30.
+#[target_feature(enable = "avx2")]
+fn screen_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+    let num_steps = num_tiles(panel, block, 1, 2 * N);
+    for first_quarter in (0..4).step_by(Q) {
+        for first in (0..num_steps).step_by(SCREEN_FLUSH_STEPS) {
+            let mut sums = [[[_mm256_setzero_si256(); 2]; Q]; N];
+            for step in first..num_steps.min(first + SCREEN_FLUSH_STEPS) {
+                // SAFETY: the step's 128 bytes lie inside the panel.
+                let weights: [[_; 2]; Q] = unsafe { load_wide(panel, step, first_quarter) };
+                prefetch_step::<Q, _MM_HINT_T0>(panel, ahead, step, first_quarter);
+                for (token, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: 8 bytes a step and token, checked by `num_tiles`.
+                    let x = unsafe { broadcast_four(block, step * N + token) };
+                    for (sums, weights) in sums.iter_mut().zip(weights) {
+                        for (sums, weights) in sums.iter_mut().zip(weights) {
+                            *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(weights, x));
+                        }
+                    }
                 }
             }
-        }
-        for (out, sums) in out.iter_mut().zip(sums) {
-            add_half(sums, half, out);
+            for (out, sums) in out.as_chunks_mut::<2>().0.iter_mut().zip(sums) {
+                // Two sums a row, four rows a vector: side by side, in the order of the rows.
+                let rows =
+                    sums.map(|[low, high]| _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_hadd_epi32(low, high)));
+                let low_bits = _mm256_set1_epi32(127);
+                add_quarters(rows.map(|rows| _mm256_srai_epi32::<7>(rows)), first_quarter, &mut out[0]);
+                add_quarters(rows.map(|rows| _mm256_and_si256(rows, low_bits)), first_quarter, &mut out[1]);
+            }
         }
     }
 }
 
-/// [`load_half`], and asks for the weights that come `ahead` bytes later, 0 for none.
+/// Signed codes of `Q` quarters of a step, widened to 16 bits.
 ///
 /// # Safety
-/// The tile must lie inside `panel`.
+/// As [`load`].
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn load_half_tile(panel: &[u8], ahead: usize, tile: usize, half: usize) -> [__m256i; 2] {
-    if ahead > 0 {
-        let line = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half + ahead / 2);
-        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+unsafe fn load_wide<const Q: usize>(panel: &[u8], step: usize, first: usize) -> [[__m256i; 2]; Q] {
+    let bytes = panel.as_ptr().wrapping_add(step * TILE_BYTES + QUARTER_BYTES * first);
+    let mut quarters = [[_mm256_setzero_si256(); 2]; Q];
+    for (index, quarter) in quarters.as_flattened_mut().iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let codes = unsafe { _mm_loadu_si128(bytes.add(QUARTER_BYTES / 2 * index).cast()) };
+        *quarter = _mm256_cvtepi8_epi16(codes);
     }
+    quarters
+}
+
+/// Four codes of 14 bits, again and again.
+///
+/// # Safety
+/// `codes` must hold the eight bytes of index `index`.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn broadcast_four(codes: &[i8], index: usize) -> __m256i {
     // SAFETY: the caller's promise.
-    unsafe { load_half(panel, tile, half) }
-}
-
-/// Rows `16 * half..16 * half + 16` of a tile, or of a step of an unpacked panel.
-///
-/// # Safety
-/// The tile must lie inside `panel`.
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn load_half(panel: &[u8], tile: usize, half: usize) -> [__m256i; 2] {
-    let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES + 64 * half);
-    // SAFETY: 64 bytes at `bytes`, by the caller's promise.
-    unsafe { [_mm256_loadu_si256(bytes.cast()), _mm256_loadu_si256(bytes.add(32).cast())] }
-}
-
-/// Four codes, in every lane.
-///
-/// # Safety
-/// `codes` must hold the word of index `word`.
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
-    // SAFETY: the caller's promise.
-    _mm256_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
-fn add_half(quarters: [__m256i; 2], half: usize, out: &mut PanelSums) {
-    for (out, quarter) in out[16 * half..][..16].as_chunks_mut::<8>().0.iter_mut().zip(quarters) {
-        // SAFETY: 8 sums of 4 bytes, read and written.
-        unsafe {
-            let sum = _mm256_add_epi32(_mm256_loadu_si256(out.as_ptr().cast()), quarter);
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), sum);
-        }
-    }
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
-fn store_bytes(quarters: [__m256i; 2], half: usize, out: &mut [u8; TILE_BYTES]) {
-    let out = &mut out[64 * half..][..64];
-    // SAFETY: 2 x 32 bytes.
-    unsafe {
-        _mm256_storeu_si256(out.as_mut_ptr().cast(), quarters[0]);
-        _mm256_storeu_si256(out.as_mut_ptr().add(32).cast(), quarters[1]);
-    }
+    _mm256_set1_epi64x(unsafe { codes.as_ptr().cast::<i64>().add(index).read_unaligned() })
 }
 
 /// A product and the addition of its pairs: what a multiply-accumulate takes at least without VNNI. In assembly, for a

@@ -153,7 +153,8 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
     let ahead = w.ahead(x.num_tokens());
-    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, |panel, block, sums| {
+    let unchanged = |_: &mut [i8]| {};
+    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, unchanged, |panel, block, sums| {
         by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }

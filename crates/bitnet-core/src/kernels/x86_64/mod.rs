@@ -6,6 +6,7 @@ mod avx512_sparse;
 mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
+mod tiles_256;
 
 use std::{cell::Cell, ops::RangeInclusive};
 
@@ -128,7 +129,7 @@ fn gemm_by_blocks(
 }
 
 /// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` adds the products of a slice of
-/// one panel for pairs of high and low halves, interleaved as tokens are.
+/// one panel for pairs of high and low halves, interleaved as tokens are, and as `prepare` leaves them.
 #[inline(always)]
 fn screen_by_blocks(
     w: &ScreenRows<'_>,
@@ -136,6 +137,7 @@ fn screen_by_blocks(
     estimates: &mut ColumnsMut<'_>,
     radii: &mut ColumnsMut<'_>,
     block: usize,
+    prepare: impl Fn(&mut [i8]),
     multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(4);
@@ -144,6 +146,7 @@ fn screen_by_blocks(
     let mut scratch = SCRATCH.take();
     let Scratch { interleaved, sums, .. } = &mut scratch;
     interleave(2 * num_tokens, block_halves, cols, |half| x.halves(half), interleaved);
+    prepare(interleaved);
     // One block needs no slices: nobody else looks at them.
     let slice_cols = if 2 * num_tokens <= block_halves { cols } else { SLICE_COLS };
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
