@@ -94,6 +94,13 @@ impl<C: Clock + Clone> RateLimiter<C> {
         }
     }
 
+    /// Gives back what was taken and came to nothing.
+    pub fn give_back(&self, client: &ClientId, amount: u32) {
+        if let Some(buckets) = &self.buckets {
+            buckets.table.give_back(client, buckets.period * amount);
+        }
+    }
+
     /// What a minute allows.
     pub fn limit(&self) -> Option<u32> {
         self.buckets.as_ref().map(|buckets| buckets.limit.get())
@@ -208,6 +215,19 @@ mod tests {
         assert_eq!(limiter.take(&client(1), 101), Err(Refused::TooMuch { limit: 100 }));
         assert_eq!(limiter.take(&client(1), 100), Ok(()), "and takes nothing");
         assert_eq!((limiter.take(&client(1), 0), limiter.limit()), (Ok(()), Some(100)));
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again_and_no_more() {
+        let (limiter, clock) = limiter(100);
+        assert_eq!(limiter.take(&client(1), 60), Ok(()));
+        limiter.give_back(&client(1), 60);
+        assert_eq!((limiter.take(&client(1), 100), limiter.take(&client(1), 1).is_err()), (Ok(()), true));
+        clock.advance(Duration::from_secs(120));
+        limiter.give_back(&client(1), 100);
+        assert_eq!((limiter.take(&client(1), 100), limiter.take(&client(1), 1).is_err()), (Ok(()), true));
+        limiter.give_back(&client(2), 100);
+        assert_eq!((limiter.take(&client(2), 100), limiter.take(&client(2), 1).is_err()), (Ok(()), true));
     }
 
     #[test]

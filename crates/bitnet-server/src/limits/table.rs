@@ -56,6 +56,15 @@ impl ClientTable {
         })
     }
 
+    /// Undoes a taking that refills in `time`. Those who share a bucket get nothing back: whose it was is not known.
+    pub(super) fn give_back(&self, client: &ClientId, time: Duration) {
+        self.locked(|state| {
+            if let Some(full_at) = state.clients.get_mut(client) {
+                *full_at = full_at.saturating_sub(time.into());
+            }
+        });
+    }
+
     fn locked<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -46,7 +46,7 @@ impl Service {
         let request = |(index, prompt)| self.vector_request(index, prompt, pooling, priority.unwrap_or(0), caller);
         let prompts = prompts.into_iter().map(|prompt| prompt.tokens).enumerate();
         let requests = prompts.map(request).collect::<Result<Vec<_>, _>>()?;
-        self.charge(INPUT, &requests, caller)?;
+        self.charge(INPUT, &requests, caller)?.keep();
 
         let (metrics, patience) = (std::sync::Arc::clone(&self.metrics), self.slow_reader_timeout);
         let mut meter = Meter::new(metrics, caller.arrival, requests.len(), true, patience);

@@ -5,6 +5,7 @@
 mod answer;
 mod cache;
 mod calls;
+mod charge;
 mod chat;
 mod choice;
 mod completion;
@@ -56,6 +57,7 @@ use crate::{
 };
 use answer::Identity;
 use cache::{CachedAnswer, Recorder, SharedStream, cache_key};
+use charge::Charge;
 use choice::Choice;
 use completion::Shown;
 use generation::{Source, replay};
@@ -198,9 +200,10 @@ impl Service {
         };
         let prompt = self.with_prompter(encode, "messages").await?;
         let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
-        self.charge("messages", &requests, caller)?;
+        let charge = self.charge("messages", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
+        charge.keep();
         Ok((settings, generation))
     }
 
@@ -223,9 +226,10 @@ impl Service {
             self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
         };
         let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
-        self.charge("prompt", &requests, caller)?;
+        let charge = self.charge("prompt", &requests, caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
+        charge.keep();
         settings.logprobs = shown_logprobs;
         let identity = Identity::new("cmpl-", &self.card);
         let shown = Shown { prompts, echo, num_told };
@@ -301,17 +305,20 @@ impl Service {
     }
 
     /// Counts the tokens of `requests`, whose prompts came in field `param`, as those of the caller: all that may be computed,
-    /// before any of it is.
-    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: Caller) -> Result<(), ServiceError> {
+    /// before any of it is. Given back unless they are kept.
+    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: Caller) -> Result<Charge<'_>, ServiceError> {
+        let (limiter, client) = (&self.token_limiter, caller.client);
         if !caller.is_limited {
-            return Ok(());
+            return Ok(Charge { limiter, client, tokens: 0 });
         }
         let tokens = |request: &GenerationRequest| {
             request.max_tokens.saturating_mul(request.num_choices as usize).saturating_add(request.prompt.len())
         };
         let total = requests.iter().map(tokens).fold(0, usize::saturating_add);
-        let taken = self.token_limiter.take(&caller.client, u32::try_from(total).unwrap_or(u32::MAX));
-        taken.map_err(|refused| ServiceError::refused_by_limit(refused, "tokens", Some((param, total))))
+        let tokens = u32::try_from(total).unwrap_or(u32::MAX);
+        let refused = |refused| ServiceError::refused_by_limit(refused, "tokens", Some((param, total)));
+        limiter.take(&client, tokens).map_err(refused)?;
+        Ok(Charge { limiter, client, tokens })
     }
 
     /// The tokens of each client.

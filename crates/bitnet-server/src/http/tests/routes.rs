@@ -1,6 +1,6 @@
 //! Everything around the answers: names, tokens, health, keys, limits, phases.
 
-use std::num::NonZeroU32;
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use serde_json::json;
 
@@ -181,6 +181,40 @@ async fn a_caller_over_his_limit_of_tokens() {
     assert_eq!((&error["param"], &error["code"]), (&json!("prompt"), &json!("invalid_value")));
     assert!(error["message"].as_str().unwrap().starts_with("This request needs 229 tokens"), "{error}");
     assert!(server.get("/v1/models").await.header("x-ratelimit-remaining-tokens").is_some(), "it counts nothing");
+}
+
+#[tokio::test]
+async fn tokens_of_a_request_that_the_queue_refuses_are_given_back() {
+    let mut setup = Setup::saying("x");
+    setup.config.rate_limit_tpm = NonZeroU32::new(1000);
+    setup.config.max_queue_tokens = 10;
+    let server = Arc::new(setup.start());
+    let post = |prompt: &str| {
+        let (server, body) = (Arc::clone(&server), json!({"prompt": prompt, "max_tokens": 20}).to_string());
+        tokio::spawn(async move { server.post("/v1/completions", body).await })
+    };
+    let held = Arc::clone(&server.hold).lock_owned().await;
+    let queue_is = async |running: u64, waiting: u64| {
+        let queue = server.get("/health").await.json()["queue"].clone();
+        queue["running"] == running && queue["waiting"] == waiting
+    };
+    let first = post("8 bytes.");
+    while !queue_is(1, 0).await {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let second = post("8 bytes?");
+    while !queue_is(1, 1).await {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let refused = post("8 bytes!").await.unwrap();
+    assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
+    drop(held);
+    for answer in [first, second] {
+        assert_eq!(answer.await.unwrap().status, StatusCode::OK);
+    }
+    let remaining: u64 = refused.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
+    // Two requests of 29 tokens, and some come back with time.
+    assert!((942..971).contains(&remaining), "{remaining}");
 }
 
 #[tokio::test]
