@@ -12,8 +12,8 @@ pub(super) struct Charge<'s> {
 
 impl Charge<'_> {
     /// The request has begun.
-    pub(super) fn keep(mut self) {
-        self.tokens = 0;
+    pub(super) fn keep(self) {
+        std::mem::forget(self);
     }
 }
 

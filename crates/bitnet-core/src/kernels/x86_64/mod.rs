@@ -1,5 +1,6 @@
 //! Kernels for x86-64, one instruction set a file, and what they share: the walk over panels and blocks of tokens, and the
-//! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller.
+//! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller. Those without
+//! AVX-512 also share the reading of tiles, [`tiles_256`].
 
 mod avx2;
 mod avx512_sparse;

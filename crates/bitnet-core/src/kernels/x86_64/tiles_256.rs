@@ -1,7 +1,7 @@
 //! Tiles of weights in vectors of 256 bits, for the kernels without AVX-512: a tile is four quarters of 8 rows, a vector each.
 //!
-//! Weights that come from memory are read in whole tiles where 16 registers hold the sums of all rows. Quarter by quarter,
-//! memory is read in strides, which on a Zen 4 core left half of the bandwidth unused.
+//! Weights that come from memory are read in whole tiles where 16 registers hold the sums of all rows. Several passes over parts
+//! of the rows read memory in strides: two for a single token left half of the bandwidth unused on a Zen 4 core.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
@@ -59,9 +59,10 @@ pub(super) unsafe fn load<const Q: usize>(panel: &[u8], tile: usize, first: usiz
     quarters
 }
 
-/// Asks for weights in step `step` of a pass over the quarters `first..first + Q` of a slice. Where one pass has all quarters,
-/// for the step that comes `ahead` bytes later, into the cache of `HINT`. Several passes ask for parts of what follows the slice,
-/// or the first would have to wait for all of it. Nothing where `ahead` is 0.
+/// Asks for weights in step `step` of a pass over the quarters `first..first + Q` of a slice, 0 `ahead` for none. Where one pass
+/// has all quarters, for the step that comes `ahead` bytes later, into the cache of `HINT`. Several passes ask for parts of what
+/// follows the slice, or the first would have to wait for all of it; into the second-level cache, for the first one is taken by
+/// the slice itself.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn prefetch_step<const Q: usize, const HINT: i32>(slice: &[u8], ahead: usize, step: usize, first: usize) {
