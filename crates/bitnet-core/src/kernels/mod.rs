@@ -311,28 +311,40 @@ fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivatio
 /// Writes what the sums of a panel's rows with one token's high and low halves say.
 #[inline(always)]
 fn write_screen(
-    [high, low]: &[[i32; ROW_TILE]; 2],
+    sums: &[[i32; ROW_TILE]; 2],
     rows: &PanelBounds,
     x: &SplitRow,
     estimates: &mut [f32],
     radii: &mut [f32],
 ) {
-    let (mut values, mut distances) = ([0.0; ROW_TILE], [0.0; ROW_TILE]);
-    for row in 0..ROW_TILE {
-        let known = rows.row(row);
-        values[row] = known.estimate(x, high[row], low[row]);
-        distances[row] = x.radius(&known, values[row]);
+    if let (Ok(estimates), Ok(radii)) = (whole_panel(estimates), whole_panel(radii)) {
+        write_whole_screen(sums, rows, x, estimates, radii);
+    } else {
+        let (mut values, mut distances) = ([0.0; ROW_TILE], [0.0; ROW_TILE]);
+        write_whole_screen(sums, rows, x, &mut values, &mut distances);
+        estimates.copy_from_slice(&values[..estimates.len()]);
+        radii.copy_from_slice(&distances[..radii.len()]);
     }
-    copy_rows(&values, estimates);
-    copy_rows(&distances, radii);
 }
 
-/// The values of a panel's rows, of which the last may be padding.
 #[inline(always)]
-fn copy_rows(values: &[f32; ROW_TILE], out: &mut [f32]) {
-    // A whole panel is stored from registers; the other way is a call.
-    match <&mut [f32; ROW_TILE]>::try_from(&mut *out) {
-        Ok(out) => *out = *values,
-        Err(_) => out.copy_from_slice(&values[..out.len()]),
+fn write_whole_screen(
+    [high, low]: &[[i32; ROW_TILE]; 2],
+    rows: &PanelBounds,
+    x: &SplitRow,
+    estimates: &mut [f32; ROW_TILE],
+    radii: &mut [f32; ROW_TILE],
+) {
+    for row in 0..ROW_TILE {
+        let known = rows.row(row);
+        estimates[row] = known.estimate(x, high[row], low[row]);
+        radii[row] = x.radius(&known, estimates[row]);
     }
+}
+
+/// The places of a panel's rows when it has all of them and no padding. What is not written there at once, but kept and then
+/// copied, is copied by a call.
+#[inline(always)]
+fn whole_panel(out: &mut [f32]) -> Result<&mut [f32; ROW_TILE], std::array::TryFromSliceError> {
+    out.try_into()
 }

@@ -7,7 +7,7 @@
 use std::arch::{
     asm,
     x86_64::{
-        __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+        __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
         _mm256_cvtepi8_epi16, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64,
         _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256,
         _mm256_srai_epi32, _mm256_srli_epi16,
@@ -15,13 +15,15 @@ use std::arch::{
 };
 
 use super::{
-    PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, load_tile, prefetch_step, unpack},
+    PanelSums,
+    ahead::Ahead,
+    by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, unpack, write_quarters},
 };
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
-        packing::{PackedLayout, PackedRows, TILE_BYTES},
+        packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
         screen::{ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
@@ -104,30 +106,27 @@ impl TernaryKernel for Avx2 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead(1);
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
+    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, block, sums));
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, ahead, block, sums));
         });
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     let join = |block: &mut [i8]| join_halves(block);
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, join, |panel, block, sums| match sums.len() {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, join, |panel, ahead, block, sums| match sums.len() {
         2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
         4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
         6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
@@ -141,15 +140,17 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 ///     wide[token] += pairs of narrow[token]                                                  32 bits
 /// ```
 #[target_feature(enable = "avx2")]
-fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
+    let ahead = ahead.over(num_tiles);
     let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
     let mut wide = [[_mm256_setzero_si256(); 4]; N];
     for first in (0..num_tiles).step_by(FLUSH_TILES) {
         let mut narrow = [[_mm256_setzero_si256(); 4]; N];
         for tile in first..num_tiles.min(first + FLUSH_TILES) {
+            ahead.ask::<2, _MM_HINT_T1>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
-            let mut quarters = unsafe { load_tile(panel, ahead, tile) };
+            let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
             for plane in 0..4 {
                 let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
                 quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
@@ -170,7 +171,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mu
         }
     }
     for (out, wide) in out.iter_mut().zip(wide) {
-        add_quarters(wide, 0, out);
+        write_quarters(wide, 0, out);
     }
 }
 
@@ -180,14 +181,16 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mu
 ///     wide[token] += pairs of narrow[token]                                                      32 bits
 /// ```
 #[target_feature(enable = "avx2")]
-fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let ones = _mm256_set1_epi16(1);
     for first_quarter in [0, 2] {
+        let ahead = ahead.part(first_quarter / 2, 2).over(num_steps);
         let mut wide = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..num_steps).step_by(4 * FLUSH_TILES) {
             let mut narrow = [[_mm256_setzero_si256(); 2]; N];
             for step in first..num_steps.min(first + 4 * FLUSH_TILES) {
+                ahead.ask::<1, _MM_HINT_T1>(step);
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [_; 2] = unsafe { load(panel, step, first_quarter) };
                 for (token, narrow) in narrow.iter_mut().enumerate() {
@@ -206,7 +209,7 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], block: &[i8], out: &mut [PanelSum
             }
         }
         for (out, wide) in out.iter_mut().zip(wide) {
-            add_quarters(wide, first_quarter, out);
+            write_quarters(wide, first_quarter, out);
         }
     }
 }
@@ -230,15 +233,17 @@ fn join_halves(block: &mut [i8]) {
 /// Signed weights of 8 bits and activations that [`join_halves`] has joined; `out` has sums of high and low halves. A sum of a
 /// row's even or odd pairs is at most 256 * 2 * 127 * 16,383 < 2^30.
 #[target_feature(enable = "avx2")]
-fn screen_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn screen_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, 2 * N);
+    out.fill([0; ROW_TILE]);
     for first_quarter in (0..4).step_by(Q) {
+        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_steps);
         for first in (0..num_steps).step_by(SCREEN_FLUSH_STEPS) {
             let mut sums = [[[_mm256_setzero_si256(); 2]; Q]; N];
             for step in first..num_steps.min(first + SCREEN_FLUSH_STEPS) {
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [[_; 2]; Q] = unsafe { load_wide(panel, step, first_quarter) };
-                prefetch_step::<Q, _MM_HINT_T0>(panel, ahead, step, first_quarter);
+                ahead.ask::<2, _MM_HINT_T0>(step);
                 for (token, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: 8 bytes a step and token, checked by `num_tiles`.
                     let x = unsafe { broadcast_four(block, step * N + token) };

@@ -12,7 +12,8 @@ use std::arch::x86_64::{
 
 use super::{
     PanelSums,
-    avx512_vnni::{BLOCK, add_sets, load, load_tile, multiply_step, multiply_unpacked, store_bytes},
+    ahead::Ahead,
+    avx512_vnni::{BLOCK, load, load_tile, multiply_step, multiply_unpacked, store_bytes, write_sums},
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -31,22 +32,20 @@ static DIGITS: [[u8; 64]; 5] = [digits(9, 64), digits(3, 64), digits(1, 64), dig
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead(1);
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
+    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| match sums.len() {
             1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums)),
             _ => by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_pipelined::<N>(panel, ahead, block, sums)),
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
-        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
-            multiply_unpacked(panel, block, sums);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+            multiply_unpacked(panel, ahead, block, sums);
         });
     }
 }
@@ -60,8 +59,9 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
 /// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
 ///    panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
+    let ahead = ahead.over(num_tiles);
     let decoder = Decoder::new();
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 5];
     for tile in 0..num_tiles {
@@ -69,15 +69,15 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mu
         let numbers = unsafe { load_tile(panel, ahead, tile) }.map(|half| decoder.numbers(half));
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
         unsafe {
-            let step = 5 * tile;
-            multiply_step(decoder.plane::<0>(&numbers), block, step, &mut sums[0]);
-            multiply_step(decoder.plane::<1>(&numbers), block, step + 1, &mut sums[1 % const { num_sets(N) }]);
-            multiply_step(decoder.plane::<2>(&numbers), block, step + 2, &mut sums[2 % const { num_sets(N) }]);
-            multiply_step(decoder.plane::<3>(&numbers), block, step + 3, &mut sums[3 % const { num_sets(N) }]);
-            multiply_step(decoder.plane::<4>(&numbers), block, step + 4, &mut sums[4 % const { num_sets(N) }]);
+            let block = block.as_ptr().add(20 * N * tile);
+            multiply_step::<N, 0, false>(decoder.plane::<0>(&numbers), block, &mut sums[0]);
+            multiply_step::<N, 1, false>(decoder.plane::<1>(&numbers), block, &mut sums[1 % const { num_sets(N) }]);
+            multiply_step::<N, 2, false>(decoder.plane::<2>(&numbers), block, &mut sums[2 % const { num_sets(N) }]);
+            multiply_step::<N, 3, false>(decoder.plane::<3>(&numbers), block, &mut sums[3 % const { num_sets(N) }]);
+            multiply_step::<N, 4, false>(decoder.plane::<4>(&numbers), block, &mut sums[4 % const { num_sets(N) }]);
         }
     }
-    add_sets(&sums, out);
+    write_sums(&sums, out);
 }
 
 /// Sets of 2 x `n` sums that stay in registers.
@@ -92,13 +92,14 @@ const fn num_sets(n: usize) -> usize {
 /// The same product with a tile unpacked while the one before is multiplied: with this many sums, multiplications that wait
 /// for their codes fill the queues of the processor, and those it could do meanwhile find no place.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemm_pipelined<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm_pipelined<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
+    let ahead = ahead.over(num_tiles);
     let decoder = Decoder::new();
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     let mut codes = UnpackedTile([[0; TILE_BYTES]; 5]);
     // By a call that is not inlined, so that the codes stay in memory: registers are for the sums.
-    unpack(&panel[..TILE_BYTES], 0, codes.0.as_flattened_mut());
+    unpack(&panel[..TILE_BYTES], codes.0.as_flattened_mut());
     for tile in 0..num_tiles {
         // After the last tile nothing follows: it is unpacked again.
         let next = (tile + 1).min(num_tiles - 1);
@@ -107,15 +108,15 @@ fn panel_gemm_pipelined<const N: usize>(panel: &[u8], ahead: usize, block: &[i8]
         let [first, second, third, fourth, fifth] = &mut codes.0;
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
         unsafe {
-            let step = 5 * tile;
-            decoder.multiply_and_unpack::<N, 0>(first, block, step, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 1>(second, block, step + 1, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 2>(third, block, step + 2, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 3>(fourth, block, step + 3, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 4>(fifth, block, step + 4, &mut sums, &numbers);
+            let block = block.as_ptr().add(20 * N * tile);
+            decoder.multiply_and_unpack::<N, 0>(first, block, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 1>(second, block, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 2>(third, block, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 3>(fourth, block, &mut sums, &numbers);
+            decoder.multiply_and_unpack::<N, 4>(fifth, block, &mut sums, &numbers);
         }
     }
-    add_sets(&[sums], out);
+    write_sums(&[sums], out);
 }
 
 /// The codes of a tile as bytes, plane by plane.
@@ -125,13 +126,13 @@ struct UnpackedTile([[u8; TILE_BYTES]; 5]);
 /// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 #[inline(never)]
-fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     let decoder = Decoder::new();
     let tiles = unpacked.as_chunks_mut::<{ 5 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, ahead, tile) }.map(|half| decoder.numbers(half));
+        let numbers = unsafe { load(panel, tile) }.map(|half| decoder.numbers(half));
         let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
             unreachable!("a tile has five planes");
         };
@@ -197,14 +198,13 @@ impl Decoder {
     unsafe fn multiply_and_unpack<const N: usize, const P: usize>(
         &self,
         codes: &mut [u8; TILE_BYTES],
-        block: &[i8],
-        step: usize,
+        block: *const i8,
         sums: &mut [[__m512i; 2]; N],
         numbers: &[Numbers; 2],
     ) {
         // SAFETY: the CPU as in `numbers`; 128 bytes are one tile; the block by the caller's promise.
         unsafe {
-            multiply_step(load(codes, 0), block, step, sums);
+            multiply_step::<N, P, false>(load(codes, 0), block, sums);
             store_bytes(self.plane::<P>(numbers), codes);
         }
     }

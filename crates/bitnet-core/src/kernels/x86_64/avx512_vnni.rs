@@ -5,16 +5,18 @@
 #![allow(unsafe_code)]
 
 use std::{
+    arch::asm,
     arch::x86_64::{
-        __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
-        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srli_epi16,
-        _mm512_storeu_si512,
+        __m512i, _MM_HINT_T1, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
+        _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_si512,
     },
     ops::Range,
 };
 
 use super::{
-    PanelSums, avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    PanelSums,
+    ahead::{Ahead, Lines},
+    avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
 };
 use crate::{
     kernels::{
@@ -131,30 +133,27 @@ impl TernaryKernel for Avx512Vnni {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead(1);
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
+    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
-        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, block, sums| {
-            multiply_unpacked(panel, block, sums);
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+            multiply_unpacked(panel, ahead, block, sums);
         });
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     let unchanged = |_: &mut [i8]| {};
-    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, unchanged, |panel, block, sums| {
+    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, unchanged, |panel, ahead, block, sums| {
         by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }
@@ -168,8 +167,9 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 /// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
 ///    panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
+    let ahead = ahead.over(num_tiles);
     let mask = _mm512_set1_epi8(3);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
@@ -177,25 +177,25 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mu
         let halves = unsafe { load_tile(panel, ahead, tile) };
         // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
         unsafe {
-            let step = 4 * tile;
-            multiply_step(plane::<0>(halves, mask), block, step, &mut sums[0]);
-            multiply_step(plane::<2>(halves, mask), block, step + 1, &mut sums[1 % const { num_sets(N) }]);
-            multiply_step(plane::<4>(halves, mask), block, step + 2, &mut sums[2 % const { num_sets(N) }]);
-            multiply_step(plane::<6>(halves, mask), block, step + 3, &mut sums[3 % const { num_sets(N) }]);
+            let block = block.as_ptr().add(16 * N * tile);
+            multiply_step::<N, 0, false>(plane::<0>(halves, mask), block, &mut sums[0]);
+            multiply_step::<N, 1, false>(plane::<2>(halves, mask), block, &mut sums[1 % const { num_sets(N) }]);
+            multiply_step::<N, 2, false>(plane::<4>(halves, mask), block, &mut sums[2 % const { num_sets(N) }]);
+            multiply_step::<N, 3, false>(plane::<6>(halves, mask), block, &mut sums[3 % const { num_sets(N) }]);
         }
     }
-    add_sets(&sums, out);
+    write_sums(&sums, out);
 }
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
+fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     let mask = _mm512_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load_tile(panel, ahead, tile) };
+        let halves = unsafe { load(panel, tile) };
         let [first, second, third, fourth] = unpacked.as_chunks_mut().0 else {
             unreachable!("a tile has four planes");
         };
@@ -214,71 +214,105 @@ fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] 
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn multiply_unpacked(panel: &[u8], block: &[i8], sums: &mut [PanelSums]) {
-    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, 0, block, sums));
+pub(super) fn multiply_unpacked(panel: &[u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]) {
+    by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, false>(panel, ahead, block, sums));
 }
 
 /// ```text
 /// for step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
 /// ```
-/// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
-/// weights were unpacked just before.
+/// Two steps at a time: where two hardware threads share a core each begins three instructions a cycle, and there are hardly
+/// more than the multiplications to begin.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
+    let ahead = ahead.over(num_steps.div_ceil(2));
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
-    for step in 0..num_steps {
-        // SAFETY: the step's 128 bytes lie inside the panel.
-        let weights = unsafe { if SCREEN { load_tile(panel, ahead, step) } else { load(panel, step) } };
-        for (token, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: 4 codes a step and token, checked by `num_tiles`.
-            let x = unsafe { broadcast(block, step * N + token) };
-            for half in 0..2 {
-                let (unsigned, signed) = if SCREEN { (x, weights[half]) } else { (weights[half], x) };
-                sums[half] = _mm512_dpbusd_epi32(sums[half], unsigned, signed);
+    // SAFETY: 128 bytes, and 4 codes a token, for each of the steps: checked by `num_tiles`.
+    unsafe {
+        for pair in 0..num_steps / 2 {
+            // Weights of a screen are as long in memory as here, packed ones a quarter.
+            if SCREEN {
+                ahead.ask::<4, _MM_HINT_T1>(pair);
+            } else {
+                ahead.ask::<1, _MM_HINT_T1>(pair);
             }
+            let block = block.as_ptr().add(8 * N * pair);
+            multiply_step::<N, 0, SCREEN>(load(panel, 2 * pair), block, &mut sums);
+            multiply_step::<N, 1, SCREEN>(load(panel, 2 * pair + 1), block, &mut sums);
+        }
+        if num_steps % 2 == 1 {
+            let block = block.as_ptr().add(4 * N * (num_steps - 1));
+            multiply_step::<N, 0, SCREEN>(load(panel, num_steps - 1), block, &mut sums);
         }
     }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        add_to(out, sums);
-    }
+    write_sums(&[sums], out);
 }
 
-/// `sums[token] += weights * activations[step][token]`. Always inlined, which the compiler grants only to functions without
-/// target features.
+/// `sums[token] += weights * activations[STEP][token]`, where `block` are activations `[step, token, 4]`. A `SCREEN` has signed
+/// weights and unsigned activations; else it is the other way round.
 ///
 /// # Safety
-/// The CPU must have AVX-512 VNNI, and `block` the codes of the step.
-#[inline(always)]
-pub(super) unsafe fn multiply_step<const N: usize>(
+/// The CPU must have AVX-512 VNNI, and `block` the step.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+pub(super) unsafe fn multiply_step<const N: usize, const STEP: usize, const SCREEN: bool>(
     weights: [__m512i; 2],
-    block: &[i8],
-    step: usize,
+    block: *const i8,
     sums: &mut [[__m512i; 2]; N],
 ) {
-    for (token, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let x = broadcast(block, step * N + token);
-            for half in 0..2 {
-                sums[half] = _mm512_dpbusd_epi32(sums[half], weights[half], x);
+    macro_rules! tokens {
+        ($($token:literal)*) => {$(
+            if $token < N {
+                // SAFETY: the caller's promise.
+                unsafe { multiply_token::<N, STEP, $token, SCREEN>(weights, block, &mut sums[$token]) };
             }
+        )*};
+    }
+    tokens!(0 1 2 3 4 5 6 7 8 9 10 11);
+}
+
+/// One token of [`multiply_step`]. Every second one gets its codes as an operand of the multiplication, which saves an
+/// instruction; if all did, there would be more loads than the processor can begin.
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn multiply_token<const N: usize, const STEP: usize, const TOKEN: usize, const SCREEN: bool>(
+    weights: [__m512i; 2],
+    block: *const i8,
+    sums: &mut [__m512i; 2],
+) {
+    for (sum, weights) in sums.iter_mut().zip(weights) {
+        if TOKEN % 2 == 1 && !SCREEN {
+            // SAFETY: the caller's promise.
+            unsafe {
+                asm!(
+                    "vpdpbusd {sum}, {weights}, dword ptr [{block} + {offset}]{{1to16}}",
+                    sum = inout(zmm_reg) *sum, weights = in(zmm_reg) weights,
+                    block = in(reg) block, offset = const 4 * (N * STEP + TOKEN),
+                    options(pure, readonly, nostack, preserves_flags),
+                );
+            }
+        } else {
+            // SAFETY: the caller's promise.
+            let x = unsafe { block.cast::<i32>().add(N * STEP + TOKEN).read_unaligned() };
+            let x = _mm512_set1_epi32(x);
+            let (unsigned, signed) = if SCREEN { (x, weights) } else { (weights, x) };
+            *sum = _mm512_dpbusd_epi32(*sum, unsigned, signed);
         }
     }
 }
 
-/// [`load`], and asks for the weights that come `ahead` bytes later, 0 for none.
+/// [`load`], and asks for the weights `ahead`.
 ///
 /// # Safety
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) unsafe fn load_tile(panel: &[u8], ahead: usize, tile: usize) -> [__m512i; 2] {
-    if ahead > 0 {
-        let line = panel.as_ptr().wrapping_add(tile * TILE_BYTES + ahead).cast::<i8>();
-        _mm_prefetch::<_MM_HINT_T1>(line);
-        _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(64));
-    }
+pub(super) unsafe fn load_tile(panel: &[u8], ahead: Lines, tile: usize) -> [__m512i; 2] {
+    ahead.ask::<2, _MM_HINT_T1>(tile);
     // SAFETY: the caller's promise.
     unsafe { load(panel, tile) }
 }
@@ -293,17 +327,6 @@ pub(super) unsafe fn load(panel: &[u8], tile: usize) -> [__m512i; 2] {
     let bytes = panel.as_ptr().wrapping_add(tile * TILE_BYTES);
     // SAFETY: 128 bytes at `bytes`, by the caller's promise.
     unsafe { [_mm512_loadu_si512(bytes.cast()), _mm512_loadu_si512(bytes.add(64).cast())] }
-}
-
-/// Four codes, in every lane.
-///
-/// # Safety
-/// `codes` must hold the word of index `word`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-unsafe fn broadcast(codes: &[i8], word: usize) -> __m512i {
-    // SAFETY: the caller's promise.
-    _mm512_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -325,24 +348,18 @@ const fn num_sets(n: usize) -> usize {
     }
 }
 
+/// Sets `out` to the sums of all sets.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) fn add_sets<const N: usize, const SETS: usize>(sets: &[[[__m512i; 2]; N]; SETS], out: &mut [PanelSums]) {
+pub(super) fn write_sums<const N: usize, const SETS: usize>(sets: &[[[__m512i; 2]; N]; SETS], out: &mut [PanelSums]) {
     for (token, out) in out.iter_mut().enumerate() {
-        for set in sets {
-            add_to(out, set[token]);
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn add_to(out: &mut PanelSums, halves: [__m512i; 2]) {
-    for (out, half) in out.as_chunks_mut::<16>().0.iter_mut().zip(halves) {
-        // SAFETY: 16 sums of 4 bytes, read and written.
-        unsafe {
-            let sum = _mm512_add_epi32(_mm512_loadu_si512(out.as_ptr().cast()), half);
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), sum);
+        for (half, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let mut sum = sets[0][token][half];
+            for set in &sets[1..] {
+                sum = _mm512_add_epi32(sum, set[token][half]);
+            }
+            // SAFETY: 16 sums of 4 bytes.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sum) };
         }
     }
 }

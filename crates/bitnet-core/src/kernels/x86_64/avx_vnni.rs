@@ -2,13 +2,15 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    _MM_HINT_T0, _MM_HINT_T1, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256,
-    _mm256_srli_epi16,
+    _MM_HINT_T0, _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8,
+    _mm256_setzero_si256, _mm256_srli_epi16,
 };
 
 use super::{
-    PanelSums, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{add_quarters, broadcast, load, prefetch_step, unpack},
+    PanelSums,
+    ahead::Ahead,
+    by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    tiles_256::{broadcast, load, unpack, write_quarters},
 };
 use crate::{
     kernels::{
@@ -91,33 +93,30 @@ impl TernaryKernel for AvxVnni {
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    let ahead = w.ahead(1);
-    gemv_by_panels(w, x, out, |panel, codes, sums| panel_gemm::<1, 4>(panel, ahead, codes, sums));
+    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, 4>(panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| match sums.len() {
             1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
             2 => panel_gemm::<2, 4>(panel, ahead, block, sums),
             3 => panel_gemm::<3, 2>(panel, ahead, block, sums),
             _ => panel_gemm::<BLOCK, 2>(panel, ahead, block, sums),
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, ahead, unpacked);
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], multiply_unpacked::<N>(panel, block, sums));
+        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+            by_tokens!(sums.len(), [1 2 3 4 5 6], multiply_unpacked::<N>(panel, ahead, block, sums));
         });
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let ahead = w.ahead(x.num_tokens());
     let unchanged = |_: &mut [i8]| {};
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, unchanged, |panel, block, sums| match sums.len() {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, unchanged, |panel, ahead, block, sums| match sums.len() {
         2 => unpacked_gemm::<2, 4, true>(panel, ahead, block, sums),
         4 => unpacked_gemm::<4, 2, true>(panel, ahead, block, sums),
         _ => unpacked_gemm::<{ 2 * SCREEN_BLOCK }, 2, true>(panel, ahead, block, sums),
@@ -130,13 +129,14 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 /// `Q` quarters of the rows at once: all, or in two passes. Two sets of sums where registers allow, or they would wait for each
 /// other.
 #[target_feature(enable = "avx2,avxvnni")]
-fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: usize, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm256_set1_epi8(3);
     for first_quarter in (0..4).step_by(Q) {
+        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_tiles);
         let mut sums = [[[_mm256_setzero_si256(); Q]; N]; 2];
         for tile in 0..num_tiles {
-            prefetch_step::<Q, _MM_HINT_T1>(panel, ahead, tile, first_quarter);
+            ahead.ask::<2, _MM_HINT_T1>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; Q] = unsafe { load(panel, tile, first_quarter) };
             for plane in 0..4 {
@@ -151,38 +151,35 @@ fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: usize, block:
                 }
             }
         }
-        for set in sums {
-            for (out, sums) in out.iter_mut().zip(set) {
-                add_quarters(sums, first_quarter, out);
-            }
+        for ((out, sums), others) in out.iter_mut().zip(sums[0]).zip(sums[1]) {
+            let sums = std::array::from_fn::<_, Q, _>(|quarter| _mm256_add_epi32(sums[quarter], others[quarter]));
+            write_quarters(sums, first_quarter, out);
         }
     }
 }
 
 #[target_feature(enable = "avx2,avxvnni")]
-fn multiply_unpacked<const N: usize>(panel: &[u8], block: &[i8], sums: &mut [PanelSums]) {
-    unpacked_gemm::<N, 2, false>(panel, 0, block, sums);
+fn multiply_unpacked<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]) {
+    unpacked_gemm::<N, 2, false>(panel, ahead, block, sums);
 }
 
 /// ```text
 /// for `Q` quarters of the rows, step of 4 columns, token: sums[token] += codes[step] * activations[step][token]
 /// ```
-/// A `SCREEN` has signed weights, which come from memory, and unsigned activations; else it is the other way round, and
-/// weights were unpacked just before.
+/// A `SCREEN` has signed weights and unsigned activations; else it is the other way round.
 #[target_feature(enable = "avx2,avxvnni")]
 fn unpacked_gemm<const N: usize, const Q: usize, const SCREEN: bool>(
     panel: &[u8],
-    ahead: usize,
+    ahead: Ahead,
     block: &[i8],
     out: &mut [PanelSums],
 ) {
     let num_steps = num_tiles(panel, block, 1, N);
     for first_quarter in (0..4).step_by(Q) {
+        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_steps);
         let mut sums = [[_mm256_setzero_si256(); Q]; N];
         for step in 0..num_steps {
-            if SCREEN {
-                prefetch_step::<Q, _MM_HINT_T0>(panel, ahead, step, first_quarter);
-            }
+            ahead.ask::<2, _MM_HINT_T0>(step);
             // SAFETY: the step's 128 bytes lie inside the panel.
             let weights: [_; Q] = unsafe { load(panel, step, first_quarter) };
             for (token, sums) in sums.iter_mut().enumerate() {
@@ -195,7 +192,7 @@ fn unpacked_gemm<const N: usize, const Q: usize, const SCREEN: bool>(
             }
         }
         for (out, sums) in out.iter_mut().zip(sums) {
-            add_quarters(sums, first_quarter, out);
+            write_quarters(sums, first_quarter, out);
         }
     }
 }

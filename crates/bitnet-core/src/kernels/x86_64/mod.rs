@@ -2,6 +2,7 @@
 //! epilogue. The shared code is always inlined, so that it is compiled for the instruction set of its caller. Those without
 //! AVX-512 also share the reading of tiles, [`tiles_256`].
 
+mod ahead;
 mod avx2;
 mod avx512_sparse;
 mod avx512_vbmi;
@@ -11,11 +12,13 @@ mod tiles_256;
 
 use std::{cell::Cell, ops::RangeInclusive};
 
+use ahead::Ahead;
+
 use super::{
-    TernaryKernel, copy_rows, epilogue,
+    TernaryKernel, epilogue,
     packing::{PackedRows, ROW_TILE, TILE_BYTES},
     screen::{ScreenRows, SplitActivations},
-    write_screen,
+    whole_panel, write_screen,
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -44,34 +47,41 @@ macro_rules! by_tokens {
 }
 use by_tokens;
 
-/// Columns that are unpacked, or looked at by all tokens, at once: whole tiles in every layout, and with 32 rows of one byte
-/// a weight, 20 KB, they stay in the first-level cache together with the activations of a block.
-const SLICE_COLS: usize = 640;
+/// Tokens, or halves of a screen's, of a block at most.
+const MAX_BLOCK: usize = 12;
 
 /// Scratch of the product in progress, kept between products.
 #[derive(Default)]
 struct Scratch {
     interleaved: Vec<i8>,
     unpacked: Vec<u8>,
-    /// Of one panel with every token.
-    sums: Vec<PanelSums>,
+}
+
+/// `len` bytes of `memory` that start a cache line: no vector of theirs crosses one.
+#[inline(always)]
+fn aligned(memory: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    const LINE: usize = 64;
+    memory.resize(len + LINE, 0);
+    let start = memory.as_ptr().align_offset(LINE).min(LINE);
+    &mut memory[start..][..len]
 }
 
 thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// The product of one token: `multiply(panel, codes, sums)` adds the products of one panel to the sums.
+/// The product of one token: `multiply(panel, ahead, codes, sums)` sets the sums of one panel.
 #[inline(always)]
 fn gemv_by_panels(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
     out: &mut [f32],
-    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
+    multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
+    let distance = w.ahead(1);
+    let mut sums = [[0; ROW_TILE]];
     for (panel, out) in w.panels().zip(out.chunks_mut(ROW_TILE)) {
-        let mut sums = [[0; ROW_TILE]];
-        multiply(panel, x.codes(0), &mut sums);
+        multiply(panel, Ahead::of(panel, distance), x.codes(0), &mut sums);
         write_outputs(&sums[0], x, 0, w.scale(), out);
     }
 }
@@ -79,15 +89,14 @@ fn gemv_by_panels(
 /// Writes whole tiles of a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
 type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8]);
 
-/// The product of many tokens, in blocks of at most `block`. `multiply(panel, block, sums)` adds products to the sums. With
-/// `unpack` it gets unpacked slices.
+/// The product of many tokens, in blocks of at most `block`. `multiply(panel, ahead, block, sums)` sets the sums of one panel and
+/// block. With `unpack` it gets unpacked panels.
 ///
 /// ```text
 /// interleave all tokens, once for all panels
 /// for panel of 32 rows:                     read from memory once
-///     for slice of its columns:             all of them where nothing is unpacked
-///         unpack it
-///         for block of tokens:              the unpacked slice stays in the first-level cache
+///     unpack it
+///     for block of tokens:                  the panel stays in the second-level cache
 /// ```
 #[inline(always)]
 fn gemm_by_blocks(
@@ -96,41 +105,39 @@ fn gemm_by_blocks(
     out: &mut ColumnsMut<'_>,
     block: usize,
     unpack: Option<Unpack<'_>>,
-    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
+    multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(w.layout().column_tile());
     let num_tokens = x.num_tokens();
     let block_tokens = equal_blocks(num_tokens, block);
+    let num_blocks = num_tokens.div_ceil(block_tokens);
+    let distance = w.ahead(num_tokens);
+    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
-    let Scratch { interleaved, unpacked, sums } = &mut scratch;
+    let Scratch { interleaved, unpacked } = &mut scratch;
     interleave(num_tokens, block_tokens, cols, |token| x.codes(token), interleaved);
-    unpacked.resize(ROW_TILE * SLICE_COLS, 0);
-    let slice_cols = if unpack.is_some() { SLICE_COLS } else { cols };
-    let slice_bytes = slice_cols / w.layout().column_tile() * TILE_BYTES;
     for (panel_index, panel) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
-        sums.clear();
-        sums.resize(num_tokens, [0; ROW_TILE]);
-        for (slice_index, mut slice) in panel.chunks(slice_bytes).enumerate() {
-            let first = slice_index * slice_cols;
-            if let Some(unpack) = unpack {
-                let unpacked = &mut unpacked[..ROW_TILE * slice_cols.min(cols - first)];
-                unpack(slice, unpacked);
-                slice = unpacked;
-            }
-            for (block, sums) in interleaved.chunks(block_tokens * cols).zip(sums.chunks_mut(block_tokens)) {
-                multiply(slice, &block[first * sums.len()..], sums);
-            }
+        let mut codes = panel;
+        if let Some(unpack) = unpack {
+            let unpacked = aligned(unpacked, ROW_TILE * cols);
+            unpack(panel, unpacked);
+            codes = unpacked;
         }
-        for (token, sums) in sums.iter().enumerate() {
-            write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
+        let ahead = Ahead::of(panel, distance);
+        for (index, block) in interleaved.chunks(block_tokens * cols).enumerate() {
+            let sums = &mut sums[..block.len() / cols];
+            multiply(codes, ahead.part(index, num_blocks), block, sums);
+            for (token, sums) in (index * block_tokens..).zip(sums) {
+                write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
+            }
         }
     }
     SCRATCH.set(scratch);
 }
 
-/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, block, sums)` adds the products of a slice of
-/// one panel for pairs of high and low halves, interleaved as tokens are, and as `prepare` leaves them.
+/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, ahead, block, sums)` sets the sums of one panel
+/// for pairs of high and low halves, interleaved as tokens are, and as `prepare` leaves them.
 #[inline(always)]
 fn screen_by_blocks(
     w: &ScreenRows<'_>,
@@ -139,30 +146,28 @@ fn screen_by_blocks(
     radii: &mut ColumnsMut<'_>,
     block: usize,
     prepare: impl Fn(&mut [i8]),
-    multiply: impl Fn(&[u8], &[i8], &mut [PanelSums]),
+    multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(4);
     let num_tokens = x.num_tokens();
-    let block_halves = 2 * equal_blocks(num_tokens, block);
+    let block_tokens = equal_blocks(num_tokens, block);
+    let num_blocks = num_tokens.div_ceil(block_tokens);
+    let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
-    let Scratch { interleaved, sums, .. } = &mut scratch;
-    interleave(2 * num_tokens, block_halves, cols, |half| x.halves(half), interleaved);
+    let interleaved = &mut scratch.interleaved;
+    interleave(2 * num_tokens, 2 * block_tokens, cols, |half| x.halves(half), interleaved);
     prepare(interleaved);
-    // One block needs no slices: nobody else looks at them.
-    let slice_cols = if 2 * num_tokens <= block_halves { cols } else { SLICE_COLS };
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
-        sums.clear();
-        sums.resize(2 * num_tokens, [0; ROW_TILE]);
-        for (slice_index, slice) in panel.chunks(ROW_TILE * slice_cols).enumerate() {
-            for (block, sums) in interleaved.chunks(block_halves * cols).zip(sums.chunks_mut(block_halves)) {
-                multiply(slice, &block[slice_index * slice_cols * sums.len()..], sums);
+        let ahead = Ahead::of(panel, w.ahead(num_tokens));
+        for (index, block) in interleaved.chunks(2 * block_tokens * cols).enumerate() {
+            let sums = &mut sums[..block.len() / cols];
+            multiply(panel, ahead.part(index, num_blocks), block, sums);
+            for (token, sums) in (index * block_tokens..).zip(sums.as_chunks().0) {
+                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
+                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
+                write_screen(sums, bounds, x.row(token), estimates, radii);
             }
-        }
-        for (token, sums) in sums.as_chunks().0.iter().enumerate() {
-            let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
-            let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
-            write_screen(sums, bounds, x.row(token), estimates, radii);
         }
     }
     SCRATCH.set(scratch);
@@ -210,23 +215,33 @@ fn interleave_rows<const N: usize>(codes: [&[[i8; 4]]; N], row: usize, block_row
     }
 }
 
-/// Codes are weight + 1, so the sum of the activations is taken off; then the epilogue.
+/// The outputs of a panel's rows, of which the last may be padding.
 #[inline(always)]
 fn write_outputs(sums: &PanelSums, x: &QuantizedActivations<'_>, token: usize, scale: f32, out: &mut [f32]) {
     let (sum_of_codes, s) = (x.sums()[token], x.scales()[token]);
-    let mut values = [0.0; ROW_TILE];
+    if let Ok(out) = whole_panel(out) {
+        scale_sums(sums, sum_of_codes, s, scale, out);
+    } else {
+        let mut values = [0.0; ROW_TILE];
+        scale_sums(sums, sum_of_codes, s, scale, &mut values);
+        out.copy_from_slice(&values[..out.len()]);
+    }
+}
+
+/// Codes are weight + 1, so the sum of the activations is taken off; then the epilogue.
+#[inline(always)]
+fn scale_sums(sums: &PanelSums, sum_of_codes: i32, s: f32, scale: f32, out: &mut [f32; ROW_TILE]) {
     // Loops, not closures: only what is inlined is compiled for the instruction set.
     if DIVISORS.contains(&s) {
         let divisor = Divisor::new(s);
-        for (value, sum) in values.iter_mut().zip(sums) {
-            *value = divisor.divide((sum - sum_of_codes) as f32) * scale;
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = divisor.divide((sum - sum_of_codes) as f32) * scale;
         }
     } else {
-        for (value, sum) in values.iter_mut().zip(sums) {
-            *value = epilogue(sum - sum_of_codes, s, scale);
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = epilogue(sum - sum_of_codes, s, scale);
         }
     }
-    copy_rows(&values, out);
 }
 
 /// What [`Divisor`] divides by: nothing it computes leaves the normal numbers when the dividend is an integer.

@@ -5,8 +5,8 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256i, _MM_HINT_T1, _mm_prefetch, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8,
-    _mm256_set1_epi32, _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+    __m256i, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8, _mm256_set1_epi32,
+    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
 use super::PanelSums;
@@ -17,30 +17,18 @@ pub(super) const QUARTER_BYTES: usize = TILE_BYTES / 4;
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx2")]
-pub(super) fn unpack(panel: &[u8], ahead: usize, unpacked: &mut [u8]) {
+pub(super) fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     let mask = _mm256_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let mut quarters = unsafe { load_tile(panel, ahead, tile) };
+        let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
         for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
             store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), step);
             quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
         }
     }
-}
-
-/// A tile of packed weights; asks for the one that comes `ahead` bytes later, 0 for none.
-///
-/// # Safety
-/// The tile must lie inside `panel`.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) unsafe fn load_tile(panel: &[u8], ahead: usize, tile: usize) -> [__m256i; 4] {
-    prefetch_step::<4, _MM_HINT_T1>(panel, ahead, tile, 0);
-    // SAFETY: the caller's promise.
-    unsafe { load(panel, tile, 0) }
 }
 
 /// `Q` quarters from quarter `first` on, of a tile, or of a step of an unpacked panel.
@@ -59,27 +47,6 @@ pub(super) unsafe fn load<const Q: usize>(panel: &[u8], tile: usize, first: usiz
     quarters
 }
 
-/// Asks for weights in step `step` of a pass over the quarters `first..first + Q` of a slice, 0 `ahead` for none. Where one pass
-/// has all quarters, for the step that comes `ahead` bytes later, into the cache of `HINT`. Several passes ask for parts of what
-/// follows the slice, or the first would have to wait for all of it; into the second-level cache, for the first one is taken by
-/// the slice itself.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn prefetch_step<const Q: usize, const HINT: i32>(slice: &[u8], ahead: usize, step: usize, first: usize) {
-    if ahead == 0 {
-        return;
-    }
-    if Q == 4 {
-        let line = slice.as_ptr().wrapping_add(TILE_BYTES * step + ahead).cast::<i8>();
-        _mm_prefetch::<HINT>(line);
-        _mm_prefetch::<HINT>(line.wrapping_add(64));
-    } else {
-        let num_steps = slice.len() / TILE_BYTES;
-        let offset = slice.len() + QUARTER_BYTES * (first * num_steps + Q * step);
-        _mm_prefetch::<_MM_HINT_T1>(slice.as_ptr().wrapping_add(offset).cast());
-    }
-}
-
 /// Four codes, in every lane.
 ///
 /// # Safety
@@ -91,17 +58,25 @@ pub(super) unsafe fn broadcast(codes: &[i8], word: usize) -> __m256i {
     _mm256_set1_epi32(unsafe { codes.as_ptr().cast::<i32>().add(word).read_unaligned() })
 }
 
-/// Adds the sums of quarters from quarter `first` on.
+/// Sets the sums of quarters from quarter `first` on.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn add_quarters<const Q: usize>(quarters: [__m256i; Q], first: usize, out: &mut PanelSums) {
+pub(super) fn write_quarters<const Q: usize>(quarters: [__m256i; Q], first: usize, out: &mut PanelSums) {
     for (out, quarter) in out.as_chunks_mut::<8>().0[first..].iter_mut().zip(quarters) {
-        // SAFETY: 8 sums of 4 bytes, read and written.
-        unsafe {
-            let sum = _mm256_add_epi32(_mm256_loadu_si256(out.as_ptr().cast()), quarter);
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), sum);
-        }
+        // SAFETY: 8 sums of 4 bytes.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), quarter) };
     }
+}
+
+/// Adds to the sums of quarters from quarter `first` on.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn add_quarters<const Q: usize>(mut quarters: [__m256i; Q], first: usize, out: &mut PanelSums) {
+    for (quarter, sums) in quarters.iter_mut().zip(&out.as_chunks::<8>().0[first..]) {
+        // SAFETY: 8 sums of 4 bytes.
+        *quarter = _mm256_add_epi32(*quarter, unsafe { _mm256_loadu_si256(sums.as_ptr().cast()) });
+    }
+    write_quarters(quarters, first, out);
 }
 
 #[target_feature(enable = "avx2")]
