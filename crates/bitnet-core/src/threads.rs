@@ -1,11 +1,16 @@
 //! The pinned worker pool: `num_threads - 1` threads and the caller, spinning between phases of a step and parked when
-//! idle. Kernels stay single-threaded; callers split rows statically, so results never depend on the number of threads.
+//! idle. Kernels stay single-threaded; what a piece of a phase gives does not depend on who computes it, so results never
+//! depend on the number of threads.
 //!
 //! A phase is one [`WorkerPool::run`]: what it writes is exclusive during the call ([`SharedRows`], [`SharedColumns`]) and
 //! free to read after it. There is no barrier inside a phase; a call costs less than a microsecond while workers spin.
+//!
+//! Cores are not equally fast: on a virtual machine each shares its caches and its instructions with a neighbour, or not, by
+//! the second. So long phases are [`WorkerPool::run_pieces`]: who has finished early takes over from the others.
 #![allow(unsafe_code)]
 
 mod cpus;
+mod pieces;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -24,6 +29,7 @@ use std::{
 };
 
 pub use cpus::default_num_threads;
+use pieces::Pieces;
 pub use shared::{ColumnsMut, SharedColumns, SharedRows};
 
 /// Polls before a waiting thread starts to yield: some tens of microseconds, longer than the gap between two phases.
@@ -50,7 +56,7 @@ impl WorkerPool {
     /// A pool of `num_threads` workers (at least 1), the caller included. When the system refuses a thread the pool is
     /// smaller, and says so in the log.
     pub fn new(num_threads: usize) -> Self {
-        let inner = Arc::new(Inner::default());
+        let inner = Arc::new(Inner { pieces: Pieces::new(num_threads), ..Inner::default() });
         let cpus = cpus::own(num_threads);
         let mut handles = Vec::with_capacity(num_threads.saturating_sub(1));
         for index in 1..num_threads {
@@ -99,6 +105,22 @@ impl WorkerPool {
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
         }
+    }
+
+    /// Calls `task` for pieces of `0..len` that together are all of it, each once: every worker takes pieces from the start of a
+    /// share of its own, and then from the end of those of others. Pieces are hardly smaller than `min`.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn run_pieces(&mut self, len: usize, min: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+        let inner = Arc::clone(&self.inner);
+        let num_threads = self.num_threads();
+        inner.pieces.share_out(len, num_threads);
+        self.run(&|worker| {
+            while let Some(piece) = inner.pieces.take(worker.index(), num_threads, min) {
+                task(piece);
+            }
+        });
     }
 
     /// Publishes `task` to the other workers and wakes the parked ones.
@@ -157,10 +179,14 @@ impl Worker {
     /// This worker's contiguous share of `0..len`: whole tiles of `tile` elements, the last tile possibly short. The
     /// shares of all workers cover the range once, and differ by at most one tile.
     pub fn share(&self, len: usize, tile: usize) -> Range<usize> {
-        let num_tiles = len.div_ceil(tile);
-        let bound = |index: usize| (num_tiles * index / self.num_threads * tile).min(len);
-        bound(self.index)..bound(self.index + 1)
+        let tiles = share(len.div_ceil(tile), self.index, self.num_threads);
+        (tiles.start * tile).min(len)..(tiles.end * tile).min(len)
     }
+}
+
+/// The share of worker `index` in `0..len`.
+fn share(len: usize, index: usize, num_threads: usize) -> Range<usize> {
+    len * index / num_threads..len * (index + 1) / num_threads
 }
 
 /// What the caller and the workers share. Each counter has its own cache line pair, or polling one would slow another.
@@ -169,6 +195,7 @@ struct Inner {
     epoch: CacheLine<AtomicU64>,
     num_running: CacheLine<AtomicUsize>,
     num_parked: CacheLine<AtomicUsize>,
+    pieces: Pieces,
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -180,7 +207,7 @@ struct Job {
     num_threads: usize,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 #[repr(align(128))]
 struct CacheLine<T>(T);
 

@@ -56,9 +56,9 @@ pub fn autotune(
             for (_, weights, best) in &mut timed {
                 let out = SharedColumns::new(&mut out[..num_tokens * rows], rows, ROW_TILE);
                 let seconds = seconds_of(|| {
-                    pool.run(&|worker| {
-                        let share = worker.share(rows, ROW_TILE);
-                        kernel.multiply(&weights.slice(share.clone()), &x, &mut out.claim(share));
+                    pool.run_pieces(rows / ROW_TILE, 1, &|tiles| {
+                        let rows = tiles.start * ROW_TILE..tiles.end * ROW_TILE;
+                        kernel.multiply(&weights.slice(rows.clone()), &x, &mut out.claim(rows));
                     });
                 });
                 best[index] = best[index].min(seconds);

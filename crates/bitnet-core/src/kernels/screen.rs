@@ -12,7 +12,10 @@ use super::{
     prefetch::Prefetch,
 };
 use crate::{
-    quant::screen::{SplitRow, WeightRow, quantize_weights, split_activations},
+    quant::{
+        activation::Content,
+        screen::{SplitRow, WeightRow, quantize_weights, split_activations},
+    },
     threads::{SharedRows, WorkerPool},
 };
 
@@ -175,13 +178,15 @@ pub struct ScreenInputs {
     rows: Vec<SplitRow>,
     cols: usize,
     stride: usize,
+    content: Content,
 }
 
 impl ScreenInputs {
     /// Room for `max_tokens` rows of `cols` values.
     pub fn new(max_tokens: usize, cols: usize) -> Self {
         let stride = cols.next_multiple_of(4);
-        Self { codes: vec![0; 2 * max_tokens * stride], rows: vec![SplitRow::default(); max_tokens], cols, stride }
+        let (codes, rows) = (vec![0; 2 * max_tokens * stride], vec![SplitRow::default(); max_tokens]);
+        Self { codes, rows, cols, stride, content: Content::new() }
     }
 
     /// Bytes allocated.
@@ -195,6 +200,7 @@ impl ScreenInputs {
     /// When there is no such row or `x` is not as wide as the buffer was made for.
     pub fn set(&mut self, token: usize, x: &[f32], isa: Isa) {
         assert_eq!(x.len(), self.cols, "width of an input");
+        self.content = Content::new();
         let (high, low) = self.codes[2 * token * self.stride..][..2 * self.stride].split_at_mut(self.stride);
         self.rows[token] = isa.run(Split { x, high: &mut high[..x.len()], low: &mut low[..x.len()] });
     }
@@ -204,8 +210,8 @@ impl ScreenInputs {
     /// # Panics
     /// When the buffer has fewer.
     pub fn view(&self, num_tokens: usize) -> SplitActivations<'_> {
-        let codes = &self.codes[..2 * num_tokens * self.stride];
-        SplitActivations { codes, rows: &self.rows[..num_tokens], cols: self.cols, stride: self.stride }
+        let (codes, rows) = (&self.codes[..2 * num_tokens * self.stride], &self.rows[..num_tokens]);
+        SplitActivations { codes, rows, cols: self.cols, stride: self.stride, content: self.content }
     }
 }
 
@@ -216,9 +222,15 @@ pub struct SplitActivations<'a> {
     rows: &'a [SplitRow],
     cols: usize,
     stride: usize,
+    content: Content,
 }
 
 impl<'a> SplitActivations<'a> {
+    /// The same for two that have the same buffer's codes, and the buffer was not written in between.
+    pub(super) fn content(&self) -> Content {
+        self.content
+    }
+
     /// Tokens (rows).
     pub fn num_tokens(&self) -> usize {
         self.rows.len()

@@ -175,6 +175,31 @@ fn a_row_that_is_not_finite_gives_nan_and_spares_the_others() {
 }
 
 #[test]
+fn what_was_kept_of_other_activations_is_never_used() {
+    let first = Case::random(64, 300, 14);
+    let (weights, x) = (first.weights.clone(), first.x.iter().map(|x| 1.0 - x).collect());
+    let second = Case { weights, x, ..first };
+    let mut buffer = first.quantize();
+    for (kernel, layout) in combinations() {
+        let packed = first.pack(layout, &mut WorkerPool::new(1));
+        let product = |buffer: &ActivationBuffer, num_tokens| {
+            let mut out = vec![f32::NAN; num_tokens * 64];
+            let x = buffer.view(num_tokens, 300);
+            kernel.gemm(&packed.slice(0..64), &x, &mut ColumnsMut::new(&mut out, 64));
+            bits(&out)
+        };
+        // The same rows of the same memory, with other values; and fewer of them.
+        for case in [&first, &second] {
+            (0..14).for_each(|token| buffer.quantize_row(token, &case.x[token * 300..][..300]));
+            let expected = case.expected(&buffer);
+            for num_tokens in [14, 2, 14, 7] {
+                assert_eq!(product(&buffer, num_tokens), expected[..num_tokens * 64], "{}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn splitting_rows_among_workers_changes_nothing() {
     let case = Case::random(200, 300, 5);
     let buffer = case.quantize();

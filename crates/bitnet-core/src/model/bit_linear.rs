@@ -1,13 +1,12 @@
-//! BitLinear over the workers: quantized rows in, projected rows out. Each worker takes whole tiles of the weight's rows.
+//! BitLinear over the workers: quantized rows in, projected rows out. Workers take whole tiles of the weight's rows.
+
+use std::ops::Range;
 
 use super::phases::Phases;
 use crate::{
-    kernels::{
-        TernaryKernel,
-        packing::{PackedTernary, ROW_TILE},
-    },
+    kernels::packing::{PackedTernary, ROW_TILE},
     quant::activation::QuantizedActivations,
-    threads::{ColumnsMut, SharedColumns, Worker},
+    threads::SharedColumns,
 };
 
 /// `outputs[i] = weights[i](x)` for `(weights, outputs)` pairs that share their input, in one phase.
@@ -18,10 +17,19 @@ pub(super) fn project<const N: usize>(
     projections: [(&PackedTernary, &mut [f32]); N],
 ) {
     let kernel = phases.kernel;
-    let projections = projections.map(|(w, out)| (w, SharedColumns::new(out, w.rows(), ROW_TILE)));
-    phases.pool.run(&|worker| {
-        for (w, out) in &projections {
-            multiply(kernel, worker, w, &x, out);
+    let mut num_tiles = 0;
+    let projections = projections.map(|(w, out)| {
+        let first = num_tiles;
+        num_tiles += w.rows().div_ceil(ROW_TILE);
+        (w, SharedColumns::new(out, w.rows(), ROW_TILE), first..num_tiles)
+    });
+    phases.pool.run_pieces(num_tiles, min_piece(phases.num_rows), &|piece| {
+        for (w, out, tiles) in &projections {
+            let part = piece.start.max(tiles.start)..piece.end.min(tiles.end);
+            if !part.is_empty() {
+                let rows = rows_of(w, part.start - tiles.start..part.end - tiles.start);
+                kernel.multiply(&w.slice(rows.clone()), &x, &mut out.claim(rows));
+            }
         }
     });
 }
@@ -37,9 +45,10 @@ pub(super) fn project_and_add(
     let (kernel, num_rows) = (phases.kernel, phases.num_rows);
     let projected = SharedColumns::new(projected, w.rows(), ROW_TILE);
     let residual = SharedColumns::new(residual, w.rows(), ROW_TILE);
-    phases.pool.run(&|worker| {
-        let mut projected = multiply(kernel, worker, w, &x, &projected);
-        let mut residual = residual.claim(worker.share(w.rows(), ROW_TILE));
+    phases.pool.run_pieces(w.rows().div_ceil(ROW_TILE), min_piece(num_rows), &|tiles| {
+        let rows = rows_of(w, tiles);
+        let (mut projected, mut residual) = (projected.claim(rows.clone()), residual.claim(rows.clone()));
+        kernel.multiply(&w.slice(rows), &x, &mut projected);
         for row in 0..num_rows {
             for (sum, term) in residual.row_mut(row).iter_mut().zip(projected.row_mut(row)) {
                 *sum += *term;
@@ -48,18 +57,12 @@ pub(super) fn project_and_add(
     });
 }
 
-/// This worker's columns of `w(x)`.
-fn multiply<'a>(
-    kernel: &dyn TernaryKernel,
-    worker: &Worker,
-    w: &PackedTernary,
-    x: &QuantizedActivations<'_>,
-    out: &SharedColumns<'a>,
-) -> ColumnsMut<'a> {
-    let share = worker.share(w.rows(), ROW_TILE);
-    let mut columns = out.claim(share.clone());
-    if !share.is_empty() {
-        kernel.multiply(&w.slice(share), x, &mut columns);
-    }
-    columns
+/// Tiles of weights whose product with a step's rows takes some microseconds, long beside handing it out.
+fn min_piece(num_rows: usize) -> usize {
+    8_usize.div_ceil(num_rows)
+}
+
+/// The rows of whole tiles, of which the last may be short.
+fn rows_of(w: &PackedTernary, tiles: Range<usize>) -> Range<usize> {
+    tiles.start * ROW_TILE..w.rows().min(tiles.end * ROW_TILE)
 }

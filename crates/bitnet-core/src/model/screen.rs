@@ -51,12 +51,10 @@ impl Model {
         let columns = |out| SharedColumns::new(out, screen.rows(), ROW_TILE);
         let estimates = columns(&mut buffers.estimates[..num_rows * screen.rows()]);
         let radii = columns(&mut buffers.radii[..num_rows * screen.rows()]);
-        workspace.pool.run(&|worker| {
-            let share = worker.share(screen.rows(), ROW_TILE);
-            let (mut estimates, mut radii) = (estimates.claim(share.clone()), radii.claim(share.clone()));
-            if !share.is_empty() {
-                kernel.screen(&screen.slice(share), &x, &mut estimates, &mut radii);
-            }
+        workspace.pool.run_pieces(screen.rows().div_ceil(ROW_TILE), 1, &|tiles| {
+            let rows = tiles.start * ROW_TILE..screen.rows().min(tiles.end * ROW_TILE);
+            let (mut estimates, mut radii) = (estimates.claim(rows.clone()), radii.claim(rows.clone()));
+            kernel.screen(&screen.slice(rows), &x, &mut estimates, &mut radii);
         });
     }
 

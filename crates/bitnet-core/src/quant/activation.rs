@@ -4,7 +4,10 @@
 //! branches, marked to be inlined, so that it runs at the vector width of the [`crate::kernels::Isa`] it is called in, with
 //! the same bits everywhere.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use crate::threads::SharedRows;
 
@@ -20,6 +23,19 @@ pub struct QuantizedActivations<'a> {
     cols: usize,
     scales: &'a [f32],
     sums: &'a [i32],
+    content: Content,
+}
+
+/// Says what a buffer holds: another after every change, of any buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Content(u64);
+
+impl Content {
+    /// Of what was just written.
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 impl<'a> QuantizedActivations<'a> {
@@ -31,6 +47,11 @@ impl<'a> QuantizedActivations<'a> {
     /// Values per row.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// The same for two that have the same buffer's codes, and the buffer was not written in between.
+    pub fn content(&self) -> Content {
+        self.content
     }
 
     /// The codes of row `token`: [`Self::cols`] of them and then zeros, a multiple of [`COLUMN_PADDING`] in all.
@@ -63,6 +84,7 @@ pub struct ActivationBuffer {
     stride: usize,
     scales: Vec<f32>,
     sums: Vec<i32>,
+    content: Content,
 }
 
 impl ActivationBuffer {
@@ -73,7 +95,8 @@ impl ActivationBuffer {
         if stride.is_multiple_of(4096) {
             stride += 64;
         }
-        Self { codes: vec![0; max_tokens * stride], stride, scales: vec![0.0; max_tokens], sums: vec![0; max_tokens] }
+        let (codes, scales, sums) = (vec![0; max_tokens * stride], vec![0.0; max_tokens], vec![0; max_tokens]);
+        Self { codes, stride, scales, sums, content: Content::new() }
     }
 
     /// Bytes allocated.
@@ -87,6 +110,7 @@ impl ActivationBuffer {
     /// When the row or its width exceeds what the buffer was made for.
     #[inline(always)]
     pub fn quantize_row(&mut self, token: usize, values: &[f32]) {
+        self.content = Content::new();
         let row = &mut self.codes[token * self.stride..][..self.stride];
         (self.scales[token], self.sums[token]) = quantize(values, row);
     }
@@ -96,6 +120,7 @@ impl ActivationBuffer {
     /// # Panics
     /// When the buffer has fewer rows.
     pub fn shared(&mut self, num_tokens: usize) -> SharedActivations<'_> {
+        self.content = Content::new();
         SharedActivations {
             codes: SharedRows::new(&mut self.codes[..num_tokens * self.stride], self.stride),
             scales: SharedRows::new(&mut self.scales[..num_tokens], 1),
@@ -116,6 +141,7 @@ impl ActivationBuffer {
             cols,
             scales: &self.scales[..num_tokens],
             sums: &self.sums[..num_tokens],
+            content: self.content,
         }
     }
 }

@@ -46,6 +46,28 @@ fn shares_cover_the_range_once_in_whole_tiles() {
 }
 
 #[test]
+fn pieces_cover_the_range_once_also_when_one_worker_hardly_works() {
+    for num_threads in POOL_SIZES {
+        let mut pool = WorkerPool::new(num_threads);
+        for len in [0, 1, 2, 5, 64, 333, 4008] {
+            for slow in [None, Some(0), Some(num_threads - 1)] {
+                let counts: Vec<AtomicUsize> = (0..len).map(|_| AtomicUsize::new(0)).collect();
+                let first_of_slow = slow.map(|index| share(len, index, num_threads).start);
+                pool.run_pieces(len, 1 + len % 3, &|piece| {
+                    if Some(piece.start) == first_of_slow {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    piece.for_each(|index| {
+                        counts[index].fetch_add(1, Ordering::Relaxed);
+                    });
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{len} on {num_threads}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_panic_on_any_worker_reaches_the_caller_and_the_pool_lives_on() {
     let mut pool = WorkerPool::new(3);
     for culprit in 0..3 {

@@ -126,7 +126,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
     let join = |block: &mut [i8]| join_halves(block);
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, join, |panel, ahead, block, sums| match sums.len() {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, Some(&join), |panel, ahead, block, sums| match sums.len() {
         2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
         4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
         6 => screen_gemm::<3, 1>(panel, ahead, block, sums),

@@ -1,5 +1,6 @@
 //! AVX-512 with VNNI: `vpdpbusd` multiplies 64 unsigned codes {0, 1, 2} by 64 signed activations and adds fours of products
-//! to 16 sums of 32 bits. Exact: a sum is at most 128 * 128 * [`MAX_COLS`](super::super::packing::MAX_COLS) / 4 < 2^31.
+//! to 16 sums of 32 bits. Exact: a sum is at most 128 * 128 * [`MAX_COLS`](super::super::packing::MAX_COLS) / 4 < 2^31, for
+//! codes that are shifted up to 128, of every fourth column, and of all columns that are not.
 //!
 //! Weights of 2 bits here; those of 1.6 bits, for CPUs with VBMI, in [`super::avx512_vbmi`].
 #![allow(unsafe_code)]
@@ -8,7 +9,8 @@ use std::{
     arch::asm,
     arch::x86_64::{
         __m512i, _MM_HINT_T1, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
-        _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_si512,
+        _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16,
+        _mm512_storeu_si512,
     },
     ops::Range,
 };
@@ -152,8 +154,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let unchanged = |_: &mut [i8]| {};
-    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, unchanged, |panel, ahead, block, sums| {
+    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, None, |panel, ahead, block, sums| {
         by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }
@@ -163,14 +164,14 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 ///     sums[token][half] += plane of codes[tile][half] * activations[tile][plane][token]
 /// ```
 /// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
-/// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
+/// 2. Few tokens have several sets of sums. Codes of as many planes are multiplied where they lie in their bytes, times 1, 4, 16
+///    and 64, and only the sums are shifted; and one set of them would wait for itself.
 /// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
 ///    panel into the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let ahead = ahead.over(num_tiles);
-    let mask = _mm512_set1_epi8(3);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
@@ -178,13 +179,39 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
         // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let block = block.as_ptr().add(16 * N * tile);
-            multiply_step::<N, 0, false>(plane::<0>(halves, mask), block, &mut sums[0]);
-            multiply_step::<N, 1, false>(plane::<2>(halves, mask), block, &mut sums[1 % const { num_sets(N) }]);
-            multiply_step::<N, 2, false>(plane::<4>(halves, mask), block, &mut sums[2 % const { num_sets(N) }]);
-            multiply_step::<N, 3, false>(plane::<6>(halves, mask), block, &mut sums[3 % const { num_sets(N) }]);
+            multiply_plane::<N, 0>(halves, block, &mut sums);
+            multiply_plane::<N, 1>(halves, block, &mut sums);
+            multiply_plane::<N, 2>(halves, block, &mut sums);
+            multiply_plane::<N, 3>(halves, block, &mut sums);
         }
     }
+    sums[1] = sums[1].map(|halves| halves.map(|sum| _mm512_srai_epi32::<2>(sum)));
+    sums[2] = sums[2].map(|halves| halves.map(|sum| _mm512_srai_epi32::<4>(sum)));
+    sums[3] = sums[3].map(|halves| halves.map(|sum| _mm512_srai_epi32::<6>(sum)));
     write_sums(&sums, out);
+}
+
+/// Adds the products of plane `P` of a tile to the sums of its set: in the set of index `i` codes lie `2 i` bits too high.
+///
+/// # Safety
+/// As [`multiply_step`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn multiply_plane<const N: usize, const P: usize>(
+    halves: [__m512i; 2],
+    block: *const i8,
+    sums: &mut [[[__m512i; 2]; N]; 4],
+) {
+    let set = P % num_sets(N);
+    let mask = _mm512_set1_epi8((3_u8 << (2 * set)).cast_signed());
+    let codes = match P - set {
+        0 => plane::<0>(halves, mask),
+        1 => plane::<2>(halves, mask),
+        2 => plane::<4>(halves, mask),
+        _ => plane::<6>(halves, mask),
+    };
+    // SAFETY: the caller's promise.
+    unsafe { multiply_step::<N, P, false>(codes, block, &mut sums[set]) };
 }
 
 /// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
@@ -206,7 +233,7 @@ fn unpack(panel: &[u8], unpacked: &mut [u8]) {
     }
 }
 
-/// The plane of codes that starts at bit `SHIFT` of every byte.
+/// The codes at the bits of `mask`, after a shift by `SHIFT`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] {
@@ -339,11 +366,11 @@ pub(super) fn store_bytes(halves: [__m512i; 2], out: &mut [u8; TILE_BYTES]) {
     }
 }
 
-/// Sets of 2 x `n` sums that stay in registers: too few independent sums would wait for each other.
+/// Sets of 2 x `n` sums that stay in registers.
 const fn num_sets(n: usize) -> usize {
     match n {
         0..=3 => 4,
-        4 => 2,
+        4..=6 => 2,
         _ => 1,
     }
 }

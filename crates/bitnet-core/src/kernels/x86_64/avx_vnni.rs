@@ -115,8 +115,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    let unchanged = |_: &mut [i8]| {};
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, unchanged, |panel, ahead, block, sums| match sums.len() {
+    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, None, |panel, ahead, block, sums| match sums.len() {
         2 => unpacked_gemm::<2, 4, true>(panel, ahead, block, sums),
         4 => unpacked_gemm::<4, 2, true>(panel, ahead, block, sums),
         _ => unpacked_gemm::<{ 2 * SCREEN_BLOCK }, 2, true>(panel, ahead, block, sums),

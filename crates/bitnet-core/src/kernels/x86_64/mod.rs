@@ -20,7 +20,10 @@ use super::{
     screen::{ScreenRows, SplitActivations},
     whole_panel, write_screen,
 };
-use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+use crate::{
+    quant::activation::{Content, QuantizedActivations},
+    threads::ColumnsMut,
+};
 
 /// What this CPU can run, slowest first.
 pub(super) fn detect() -> impl Iterator<Item = &'static dyn TernaryKernel> {
@@ -53,17 +56,46 @@ const MAX_BLOCK: usize = 12;
 /// Scratch of the product in progress, kept between products.
 #[derive(Default)]
 struct Scratch {
-    interleaved: Vec<i8>,
+    interleaved: Interleaved,
     unpacked: Vec<u8>,
+}
+
+/// Activations as blocks `[columns / 4, block_rows, 4]`: what one step of a kernel multiplies lies together.
+#[derive(Default)]
+struct Interleaved {
+    codes: Vec<i8>,
+    /// What they are, for the next product with the same.
+    of: Option<InterleavedOf>,
+}
+
+#[derive(PartialEq)]
+struct InterleavedOf {
+    content: Content,
+    /// The first of the rows: a part of a buffer has the content of the whole.
+    first: *const i8,
+    num_rows: usize,
+    block_rows: usize,
+    cols: usize,
+    /// Whether they were then changed, which one kernel does.
+    is_prepared: bool,
 }
 
 /// `len` bytes of `memory` that start a cache line: no vector of theirs crosses one.
 #[inline(always)]
 fn aligned(memory: &mut Vec<u8>, len: usize) -> &mut [u8] {
     const LINE: usize = 64;
-    memory.resize(len + LINE, 0);
+    let memory = at_least(memory, len + LINE);
     let start = memory.as_ptr().align_offset(LINE).min(LINE);
     &mut memory[start..][..len]
+}
+
+/// The first `len` values of `memory`, which is never made smaller: what grows again is cleared again.
+#[inline(always)]
+fn at_least<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    &mut memory[..len]
 }
 
 thread_local! {
@@ -115,7 +147,8 @@ fn gemm_by_blocks(
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
     let Scratch { interleaved, unpacked } = &mut scratch;
-    interleave(num_tokens, block_tokens, cols, |token| x.codes(token), interleaved);
+    let of = (x.content(), num_tokens, block_tokens, cols);
+    let interleaved = interleaved.get(of, |token| x.codes(token), None);
     for (panel_index, panel) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
         let mut codes = panel;
@@ -136,6 +169,9 @@ fn gemm_by_blocks(
     SCRATCH.set(scratch);
 }
 
+/// Changes interleaved activations as a kernel likes them.
+type Prepare<'f> = &'f dyn Fn(&mut [i8]);
+
 /// The screen of some tokens, in blocks of at most `block`: `multiply(panel, ahead, block, sums)` sets the sums of one panel
 /// for pairs of high and low halves, interleaved as tokens are, and as `prepare` leaves them.
 #[inline(always)]
@@ -145,7 +181,7 @@ fn screen_by_blocks(
     estimates: &mut ColumnsMut<'_>,
     radii: &mut ColumnsMut<'_>,
     block: usize,
-    prepare: impl Fn(&mut [i8]),
+    prepare: Option<Prepare<'_>>,
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
     let cols = w.cols().next_multiple_of(4);
@@ -154,9 +190,8 @@ fn screen_by_blocks(
     let num_blocks = num_tokens.div_ceil(block_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
-    let interleaved = &mut scratch.interleaved;
-    interleave(2 * num_tokens, 2 * block_tokens, cols, |half| x.halves(half), interleaved);
-    prepare(interleaved);
+    let of = (x.content(), 2 * num_tokens, 2 * block_tokens, cols);
+    let interleaved = scratch.interleaved.get(of, |half| x.halves(half), prepare);
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
         let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
         let ahead = Ahead::of(panel, w.ahead(num_tokens));
@@ -179,17 +214,33 @@ fn equal_blocks(num_tokens: usize, most: usize) -> usize {
     num_tokens.div_ceil(num_tokens.div_ceil(most).max(1)).max(1)
 }
 
-/// Arranges rows of codes as blocks `[columns / 4, block_rows, 4]`: what one step of a kernel multiplies lies together.
+impl Interleaved {
+    /// The rows `codes(0..num_rows)`, of `cols` columns, in blocks of `block_rows`.
+    #[inline(always)]
+    fn get<'a>(
+        &mut self,
+        (content, num_rows, block_rows, cols): (Content, usize, usize, usize),
+        codes: impl Fn(usize) -> &'a [i8],
+        prepare: Option<Prepare<'_>>,
+    ) -> &[i8] {
+        let (first, is_prepared) = (codes(0).as_ptr(), prepare.is_some());
+        let of = Some(InterleavedOf { content, first, num_rows, block_rows, cols, is_prepared });
+        if self.of != of {
+            self.of = None;
+            let interleaved = at_least(&mut self.codes, num_rows * cols);
+            interleave(block_rows, cols, codes, interleaved);
+            if let Some(prepare) = prepare {
+                prepare(interleaved);
+            }
+            self.of = of;
+        }
+        &self.codes[..num_rows * cols]
+    }
+}
+
 #[inline(always)]
-fn interleave<'a>(
-    num_rows: usize,
-    block_rows: usize,
-    cols: usize,
-    codes: impl Fn(usize) -> &'a [i8],
-    interleaved: &mut Vec<i8>,
-) {
-    interleaved.resize(num_rows * cols, 0);
-    for (block, first) in interleaved.chunks_mut(block_rows * cols).zip((0..num_rows).step_by(block_rows)) {
+fn interleave<'a>(block_rows: usize, cols: usize, codes: impl Fn(usize) -> &'a [i8], interleaved: &mut [i8]) {
+    for (block, first) in interleaved.chunks_mut(block_rows * cols).zip((0..).step_by(block_rows)) {
         let rows = block.len() / cols;
         let words = block.as_chunks_mut::<4>().0;
         let row_words = |row: usize| codes(first + row)[..cols].as_chunks::<4>().0;
@@ -204,13 +255,26 @@ fn interleave<'a>(
     }
 }
 
-/// `words[column][row + i] = codes[i][column]`: a few rows at once, so that what is written lies together.
+/// `words[column][row + i] = codes[i][column]`: a few rows and columns at once, which the compiler makes a transposition in
+/// registers of.
 #[inline(always)]
 fn interleave_rows<const N: usize>(codes: [&[[i8; 4]]; N], row: usize, block_rows: usize, words: &mut [[i8; 4]]) {
-    for (column, words) in words.chunks_exact_mut(block_rows).enumerate() {
-        let words = &mut words[row..row + N];
-        for i in 0..N {
-            words[i] = codes[i][column];
+    const COLUMNS: usize = 4;
+    let whole = words.len() / block_rows / COLUMNS * COLUMNS;
+    for column in (0..whole).step_by(COLUMNS) {
+        let columns: [&[[i8; 4]; COLUMNS]; N] =
+            codes.map(|codes| codes[column..].first_chunk().expect("the columns of every row"));
+        for i in 0..COLUMNS {
+            let words: &mut [[i8; 4]; N] =
+                words[(column + i) * block_rows + row..].first_chunk_mut().expect("a block of whole rows");
+            for (word, columns) in words.iter_mut().zip(columns) {
+                *word = columns[i];
+            }
+        }
+    }
+    for column in whole..words.len() / block_rows {
+        for (word, codes) in words[column * block_rows + row..].iter_mut().zip(codes) {
+            *word = codes[column];
         }
     }
 }
