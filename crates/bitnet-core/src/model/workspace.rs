@@ -1,5 +1,7 @@
 //! Scratch memory of the forward pass, allocated once.
 
+use std::ops::{Deref, DerefMut};
+
 use super::{Model, attention, lm_head, sparse::SparseScratch};
 use crate::{
     checkpoint::ModelConfig, kernels::screen::ScreenInputs, quant::activation::ActivationBuffer, threads::WorkerPool,
@@ -22,44 +24,44 @@ pub struct Workspace {
 #[derive(Debug)]
 pub(super) struct Buffers {
     /// The residual stream, `[hidden_size]`.
-    pub(super) x: Vec<f32>,
+    pub(super) x: Floats,
     /// `[hidden_size]`; after a step the final hidden states of the rows that want logits.
-    pub(super) normed: Vec<f32>,
+    pub(super) normed: Floats,
     /// Input of the next linear layer.
     pub(super) quantized: ActivationBuffer,
     /// Cosines and sines, `[head_dim]`.
-    pub(super) angles: Vec<f32>,
+    pub(super) angles: Floats,
     /// `[num_heads, head_dim]`
-    pub(super) q: Vec<f32>,
+    pub(super) q: Floats,
     /// `[num_kv_heads, head_dim]`
-    pub(super) k: Vec<f32>,
+    pub(super) k: Floats,
     /// `[num_kv_heads, head_dim]`
-    pub(super) v: Vec<f32>,
+    pub(super) v: Floats,
     /// `[num_heads, head_dim]`
-    pub(super) attended: Vec<f32>,
+    pub(super) attended: Floats,
     /// What a block adds to the residual stream, `[hidden_size]`.
-    pub(super) projected: Vec<f32>,
+    pub(super) projected: Floats,
     /// `[intermediate_size]`
-    pub(super) gate: Vec<f32>,
+    pub(super) gate: Floats,
     /// `[intermediate_size]`
-    pub(super) up: Vec<f32>,
+    pub(super) up: Floats,
     /// For the feed-forward block of a single row, if the model skips channels.
     pub(super) sparse: SparseScratch,
     /// `[num_threads, attention::scratch_len]`
-    pub(super) attention: Vec<f32>,
+    pub(super) attention: Floats,
     /// `[attention::partials_len]`
-    pub(super) partials: Vec<f32>,
+    pub(super) partials: Floats,
     /// A few decoded rows of the head a thread, `[num_threads, lm_head::ROWS, hidden_size]`.
-    pub(super) head_rows: Vec<f32>,
+    pub(super) head_rows: Floats,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
-    pub(super) logits: Vec<f32>,
+    pub(super) logits: Floats,
     /// For the head's screen, if the model has one: hidden states, and the estimates and radii,
     /// `[MAX_SCREENED_ROWS, vocab_size]`.
     pub(super) screen_inputs: ScreenInputs,
-    pub(super) estimates: Vec<f32>,
-    pub(super) radii: Vec<f32>,
+    pub(super) estimates: Floats,
+    pub(super) radii: Floats,
     /// Exact logits of single tokens, `[vocab_size]`.
-    pub(super) scores: Vec<f32>,
+    pub(super) scores: Floats,
 }
 
 /// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
@@ -80,6 +82,38 @@ pub(super) struct StepBuffers<'a> {
     pub(super) attention: &'a mut [f32],
     /// All of it.
     pub(super) partials: &'a mut [f32],
+}
+
+/// Floats that start a cache line, so that no vector of theirs crosses one. Zero at first.
+#[derive(Debug)]
+pub(super) struct Floats {
+    memory: Vec<f32>,
+    /// Of the first that counts.
+    start: usize,
+    len: usize,
+}
+
+impl Floats {
+    fn new(len: usize) -> Self {
+        const LINE: usize = 64;
+        let memory = vec![0.0; len + LINE / size_of::<f32>()];
+        let start = memory.as_ptr().align_offset(LINE).min(memory.len() - len);
+        Self { memory, start, len }
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.memory[self.start..][..self.len]
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[self.start..][..self.len]
+    }
 }
 
 impl Workspace {
@@ -145,7 +179,7 @@ impl Buffers {
         let BufferLimits { max_batch_tokens, max_screened_rows, .. } = *limits;
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
         let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
-        let rows = |width: usize| vec![0.0; max_batch_tokens * width];
+        let rows = |width: usize| Floats::new(max_batch_tokens * width);
         Self {
             x: rows(hidden_size),
             normed: rows(hidden_size),
@@ -159,14 +193,14 @@ impl Buffers {
             gate: rows(intermediate_size),
             up: rows(intermediate_size),
             sparse: SparseScratch::new(limits.sparse_channels),
-            attention: vec![0.0; num_threads * attention::scratch_len(config)],
-            partials: vec![0.0; attention::partials_len(config, limits.max_context, num_threads)],
-            head_rows: vec![0.0; num_threads * lm_head::ROWS * hidden_size],
-            logits: vec![0.0; Workspace::MAX_LOGIT_ROWS * vocab_size],
+            attention: Floats::new(num_threads * attention::scratch_len(config)),
+            partials: Floats::new(attention::partials_len(config, limits.max_context, num_threads)),
+            head_rows: Floats::new(num_threads * lm_head::ROWS * hidden_size),
+            logits: Floats::new(Workspace::MAX_LOGIT_ROWS * vocab_size),
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
-            estimates: vec![0.0; max_screened_rows * vocab_size],
-            radii: vec![0.0; max_screened_rows * vocab_size],
-            scores: vec![0.0; max_screened_rows.min(1) * vocab_size],
+            estimates: Floats::new(max_screened_rows * vocab_size),
+            radii: Floats::new(max_screened_rows * vocab_size),
+            scores: Floats::new(max_screened_rows.min(1) * vocab_size),
         }
     }
 
@@ -197,7 +231,7 @@ impl Buffers {
         let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention, &self.partials];
         let head_buffers = [&self.head_rows, &self.logits, &self.estimates, &self.radii, &self.scores];
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
-        floats.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
+        floats.map(|buffer| size_of_val(&buffer[..])).sum::<usize>()
             + self.quantized.bytes()
             + self.sparse.bytes()
             + self.screen_inputs.bytes()
