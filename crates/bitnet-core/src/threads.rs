@@ -1,16 +1,16 @@
 //! The pinned worker pool: `num_threads - 1` threads and the caller, spinning between phases of a step and parked when
-//! idle. Kernels stay single-threaded; what a piece of a phase gives does not depend on who computes it, so results never
+//! idle. Kernels stay single-threaded; what a share of a phase gives does not depend on who computes it, so results never
 //! depend on the number of threads.
 //!
 //! A phase is one [`WorkerPool::run`]: what it writes is exclusive during the call ([`SharedRows`], [`SharedColumns`]) and
 //! free to read after it. There is no barrier inside a phase; a call costs less than a microsecond while workers spin.
 //!
 //! Cores are not equally fast: on a virtual machine each shares its caches and its instructions with a neighbour, or not, by
-//! the second. So long phases are [`WorkerPool::run_pieces`]: who has finished early takes over from the others.
+//! the second. So long phases are [`WorkerPool::run_chunks`]: who has finished early steals from the others.
 #![allow(unsafe_code)]
 
+mod chunks;
 mod cpus;
-mod pieces;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -28,8 +28,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use chunks::Chunks;
 pub use cpus::default_num_threads;
-use pieces::Pieces;
 pub use shared::{ColumnsMut, SharedColumns, SharedRows};
 
 /// Polls before a waiting thread starts to yield: some tens of microseconds, longer than the gap between two phases.
@@ -56,7 +56,7 @@ impl WorkerPool {
     /// A pool of `num_threads` workers (at least 1), the caller included. When the system refuses a thread the pool is
     /// smaller, and says so in the log.
     pub fn new(num_threads: usize) -> Self {
-        let inner = Arc::new(Inner { pieces: Pieces::new(num_threads), ..Inner::default() });
+        let inner = Arc::new(Inner { chunks: Chunks::new(num_threads.max(1)), ..Inner::default() });
         let cpus = cpus::own(num_threads);
         let mut handles = Vec::with_capacity(num_threads.saturating_sub(1));
         for index in 1..num_threads {
@@ -107,18 +107,18 @@ impl WorkerPool {
         }
     }
 
-    /// Calls `task` for pieces of `0..len` that together are all of it, each once: every worker takes pieces from the start of a
-    /// share of its own, and then from the end of those of others. Pieces are hardly smaller than `min`.
+    /// Calls `task` for chunks of `0..len` that together are all of it, each once: every worker takes chunks from the start of a
+    /// share of its own, and then from the end of those of others. A chunk is at least `min` long, or the last of a share.
     ///
     /// # Panics
     /// As [`Self::run`].
-    pub fn run_pieces(&mut self, len: usize, min: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+    pub fn run_chunks(&mut self, len: usize, min: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
         let inner = Arc::clone(&self.inner);
         let num_threads = self.num_threads();
-        inner.pieces.share_out(len, num_threads);
+        inner.chunks.share_out(len, num_threads);
         self.run(&|worker| {
-            while let Some(piece) = inner.pieces.take(worker.index(), num_threads, min) {
-                task(piece);
+            while let Some(chunk) = inner.chunks.take(worker.index(), num_threads, min) {
+                task(chunk);
             }
         });
     }
@@ -195,7 +195,7 @@ struct Inner {
     epoch: CacheLine<AtomicU64>,
     num_running: CacheLine<AtomicUsize>,
     num_parked: CacheLine<AtomicUsize>,
-    pieces: Pieces,
+    chunks: Chunks,
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,

@@ -11,7 +11,7 @@ use super::{
     TernaryKernel,
     arena::Arena,
     limits::seconds_of,
-    packing::{PackedLayout, PackedTernary, ROW_TILE},
+    packing::{PackedLayout, PackedTernary, ROW_TILE, rows_of_tiles},
     prefetch::Streaming,
 };
 use crate::{
@@ -56,8 +56,8 @@ pub fn autotune(
             for (_, weights, best) in &mut timed {
                 let out = SharedColumns::new(&mut out[..num_tokens * rows], rows, ROW_TILE);
                 let seconds = seconds_of(|| {
-                    pool.run_pieces(rows / ROW_TILE, 1, &|tiles| {
-                        let rows = tiles.start * ROW_TILE..tiles.end * ROW_TILE;
+                    pool.run_chunks(rows / ROW_TILE, 1, &|tiles| {
+                        let rows = rows_of_tiles(tiles, rows);
                         kernel.multiply(&weights.slice(rows.clone()), &x, &mut out.claim(rows));
                     });
                 });

@@ -4,6 +4,7 @@
 //! A kernel is single-threaded: the caller splits the rows of a [`packing::PackedTernary`] among workers. All kernels give
 //! the same bits: the products are exact integers, and the epilogue is the same for all.
 
+pub mod aligned;
 pub mod arena;
 mod autotune;
 mod isa;

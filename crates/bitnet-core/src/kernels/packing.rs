@@ -258,6 +258,11 @@ impl<'a> PackedRows<'a> {
     }
 }
 
+/// The rows of `tiles`, of which the last may be short: there are `num_rows`.
+pub fn rows_of_tiles(tiles: Range<usize>, num_rows: usize) -> Range<usize> {
+    tiles.start * ROW_TILE..num_rows.min(tiles.end * ROW_TILE)
+}
+
 /// The panels that hold `rows`, whole tiles of `num_rows` rows.
 ///
 /// # Panics

@@ -10,7 +10,7 @@ use super::{Isa, TernaryKernel, packing::PackedLayout};
 pub enum Prefetch {
     /// The hardware, by itself, where there is one token.
     Hardware,
-    /// The kernel, which asks for what it will read 8 KiB later.
+    /// The kernel, which asks for what it will read 8 KiB later, or, where it passes over a panel several times, after the panel.
     #[default]
     Software,
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Isa, TernaryKernel,
-    packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+    packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
     screen::{ScreenRows, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
@@ -61,7 +61,7 @@ impl TernaryKernel for Scalar {
     ) {
         super::check_screen(w, x, estimates, radii);
         for (panel_index, (panel, bounds)) in w.panels().enumerate() {
-            let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+            let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
             for token in 0..x.num_tokens() {
                 let sums = [0, 1].map(|half| {
                     let codes = &x.halves(2 * token + half)[..w.cols()];

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     quant::{
-        activation::Content,
+        activation::Version,
         screen::{SplitRow, WeightRow, quantize_weights, split_activations},
     },
     threads::{SharedRows, WorkerPool},
@@ -178,7 +178,7 @@ pub struct ScreenInputs {
     rows: Vec<SplitRow>,
     cols: usize,
     stride: usize,
-    content: Content,
+    version: Version,
 }
 
 impl ScreenInputs {
@@ -186,7 +186,7 @@ impl ScreenInputs {
     pub fn new(max_tokens: usize, cols: usize) -> Self {
         let stride = cols.next_multiple_of(4);
         let (codes, rows) = (vec![0; 2 * max_tokens * stride], vec![SplitRow::default(); max_tokens]);
-        Self { codes, rows, cols, stride, content: Content::new() }
+        Self { codes, rows, cols, stride, version: Version::new() }
     }
 
     /// Bytes allocated.
@@ -200,7 +200,7 @@ impl ScreenInputs {
     /// When there is no such row or `x` is not as wide as the buffer was made for.
     pub fn set(&mut self, token: usize, x: &[f32], isa: Isa) {
         assert_eq!(x.len(), self.cols, "width of an input");
-        self.content = Content::new();
+        self.version = Version::new();
         let (high, low) = self.codes[2 * token * self.stride..][..2 * self.stride].split_at_mut(self.stride);
         self.rows[token] = isa.run(Split { x, high: &mut high[..x.len()], low: &mut low[..x.len()] });
     }
@@ -211,7 +211,7 @@ impl ScreenInputs {
     /// When the buffer has fewer.
     pub fn view(&self, num_tokens: usize) -> SplitActivations<'_> {
         let (codes, rows) = (&self.codes[..2 * num_tokens * self.stride], &self.rows[..num_tokens]);
-        SplitActivations { codes, rows, cols: self.cols, stride: self.stride, content: self.content }
+        SplitActivations { codes, rows, cols: self.cols, stride: self.stride, version: self.version }
     }
 }
 
@@ -222,13 +222,13 @@ pub struct SplitActivations<'a> {
     rows: &'a [SplitRow],
     cols: usize,
     stride: usize,
-    content: Content,
+    version: Version,
 }
 
 impl<'a> SplitActivations<'a> {
     /// The same for two that have the same buffer's codes, and the buffer was not written in between.
-    pub(super) fn content(&self) -> Content {
-        self.content
+    pub(super) fn version(&self) -> Version {
+        self.version
     }
 
     /// Tokens (rows).

@@ -1,10 +1,8 @@
 //! BitLinear over the workers: quantized rows in, projected rows out. Workers take whole tiles of the weight's rows.
 
-use std::ops::Range;
-
 use super::phases::Phases;
 use crate::{
-    kernels::packing::{PackedTernary, ROW_TILE},
+    kernels::packing::{PackedTernary, ROW_TILE, rows_of_tiles},
     quant::activation::QuantizedActivations,
     threads::SharedColumns,
 };
@@ -23,11 +21,11 @@ pub(super) fn project<const N: usize>(
         num_tiles += w.rows().div_ceil(ROW_TILE);
         (w, SharedColumns::new(out, w.rows(), ROW_TILE), first..num_tiles)
     });
-    phases.pool.run_pieces(num_tiles, min_piece(phases.num_rows), &|piece| {
+    phases.pool.run_chunks(num_tiles, min_chunk(phases.num_rows), &|chunk| {
         for (w, out, tiles) in &projections {
-            let part = piece.start.max(tiles.start)..piece.end.min(tiles.end);
+            let part = chunk.start.max(tiles.start)..chunk.end.min(tiles.end);
             if !part.is_empty() {
-                let rows = rows_of(w, part.start - tiles.start..part.end - tiles.start);
+                let rows = rows_of_tiles(part.start - tiles.start..part.end - tiles.start, w.rows());
                 kernel.multiply(&w.slice(rows.clone()), &x, &mut out.claim(rows));
             }
         }
@@ -45,8 +43,8 @@ pub(super) fn project_and_add(
     let (kernel, num_rows) = (phases.kernel, phases.num_rows);
     let projected = SharedColumns::new(projected, w.rows(), ROW_TILE);
     let residual = SharedColumns::new(residual, w.rows(), ROW_TILE);
-    phases.pool.run_pieces(w.rows().div_ceil(ROW_TILE), min_piece(num_rows), &|tiles| {
-        let rows = rows_of(w, tiles);
+    phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(num_rows), &|tiles| {
+        let rows = rows_of_tiles(tiles, w.rows());
         let (mut projected, mut residual) = (projected.claim(rows.clone()), residual.claim(rows.clone()));
         kernel.multiply(&w.slice(rows), &x, &mut projected);
         for row in 0..num_rows {
@@ -58,11 +56,6 @@ pub(super) fn project_and_add(
 }
 
 /// Tiles of weights whose product with a step's rows takes some microseconds, long beside handing it out.
-fn min_piece(num_rows: usize) -> usize {
+fn min_chunk(num_rows: usize) -> usize {
     8_usize.div_ceil(num_rows)
-}
-
-/// The rows of whole tiles, of which the last may be short.
-fn rows_of(w: &PackedTernary, tiles: Range<usize>) -> Range<usize> {
-    tiles.start * ROW_TILE..w.rows().min(tiles.end * ROW_TILE)
 }

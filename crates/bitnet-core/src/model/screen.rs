@@ -9,7 +9,11 @@ use std::{convert::Infallible, ops::Range};
 use super::{Model, Workspace, lm_head::ScoreTokens};
 use crate::{
     checkpoint::DenseMatrix,
-    kernels::{Isa, packing::ROW_TILE, screen::ScreenMatrix},
+    kernels::{
+        Isa,
+        packing::{ROW_TILE, rows_of_tiles},
+        screen::ScreenMatrix,
+    },
     threads::{SharedColumns, SharedRows, WorkerPool},
 };
 
@@ -51,8 +55,8 @@ impl Model {
         let columns = |out| SharedColumns::new(out, screen.rows(), ROW_TILE);
         let estimates = columns(&mut buffers.estimates[..num_rows * screen.rows()]);
         let radii = columns(&mut buffers.radii[..num_rows * screen.rows()]);
-        workspace.pool.run_pieces(screen.rows().div_ceil(ROW_TILE), 1, &|tiles| {
-            let rows = tiles.start * ROW_TILE..screen.rows().min(tiles.end * ROW_TILE);
+        workspace.pool.run_chunks(screen.rows().div_ceil(ROW_TILE), 1, &|tiles| {
+            let rows = rows_of_tiles(tiles, screen.rows());
             let (mut estimates, mut radii) = (estimates.claim(rows.clone()), radii.claim(rows.clone()));
             kernel.screen(&screen.slice(rows), &x, &mut estimates, &mut radii);
         });

@@ -1,10 +1,11 @@
 //! Scratch memory of the forward pass, allocated once.
 
-use std::ops::{Deref, DerefMut};
-
 use super::{Model, attention, lm_head, sparse::SparseScratch};
 use crate::{
-    checkpoint::ModelConfig, kernels::screen::ScreenInputs, quant::activation::ActivationBuffer, threads::WorkerPool,
+    checkpoint::ModelConfig,
+    kernels::{aligned::AlignedVec, screen::ScreenInputs},
+    quant::activation::ActivationBuffer,
+    threads::WorkerPool,
 };
 
 /// Scratch memory of the forward pass, allocated once, and the worker pool that runs it.
@@ -24,44 +25,44 @@ pub struct Workspace {
 #[derive(Debug)]
 pub(super) struct Buffers {
     /// The residual stream, `[hidden_size]`.
-    pub(super) x: Floats,
+    pub(super) x: AlignedVec<f32>,
     /// `[hidden_size]`; after a step the final hidden states of the rows that want logits.
-    pub(super) normed: Floats,
+    pub(super) normed: AlignedVec<f32>,
     /// Input of the next linear layer.
     pub(super) quantized: ActivationBuffer,
     /// Cosines and sines, `[head_dim]`.
-    pub(super) angles: Floats,
+    pub(super) angles: AlignedVec<f32>,
     /// `[num_heads, head_dim]`
-    pub(super) q: Floats,
+    pub(super) q: AlignedVec<f32>,
     /// `[num_kv_heads, head_dim]`
-    pub(super) k: Floats,
+    pub(super) k: AlignedVec<f32>,
     /// `[num_kv_heads, head_dim]`
-    pub(super) v: Floats,
+    pub(super) v: AlignedVec<f32>,
     /// `[num_heads, head_dim]`
-    pub(super) attended: Floats,
+    pub(super) attended: AlignedVec<f32>,
     /// What a block adds to the residual stream, `[hidden_size]`.
-    pub(super) projected: Floats,
+    pub(super) projected: AlignedVec<f32>,
     /// `[intermediate_size]`
-    pub(super) gate: Floats,
+    pub(super) gate: AlignedVec<f32>,
     /// `[intermediate_size]`
-    pub(super) up: Floats,
+    pub(super) up: AlignedVec<f32>,
     /// For the feed-forward block of a single row, if the model skips channels.
     pub(super) sparse: SparseScratch,
     /// `[num_threads, attention::scratch_len]`
-    pub(super) attention: Floats,
+    pub(super) attention: AlignedVec<f32>,
     /// `[attention::partials_len]`
-    pub(super) partials: Floats,
+    pub(super) partials: AlignedVec<f32>,
     /// A few decoded rows of the head a thread, `[num_threads, lm_head::ROWS, hidden_size]`.
-    pub(super) head_rows: Floats,
+    pub(super) head_rows: AlignedVec<f32>,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
-    pub(super) logits: Floats,
+    pub(super) logits: AlignedVec<f32>,
     /// For the head's screen, if the model has one: hidden states, and the estimates and radii,
     /// `[MAX_SCREENED_ROWS, vocab_size]`.
     pub(super) screen_inputs: ScreenInputs,
-    pub(super) estimates: Floats,
-    pub(super) radii: Floats,
+    pub(super) estimates: AlignedVec<f32>,
+    pub(super) radii: AlignedVec<f32>,
     /// Exact logits of single tokens, `[vocab_size]`.
-    pub(super) scores: Floats,
+    pub(super) scores: AlignedVec<f32>,
 }
 
 /// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
@@ -82,38 +83,6 @@ pub(super) struct StepBuffers<'a> {
     pub(super) attention: &'a mut [f32],
     /// All of it.
     pub(super) partials: &'a mut [f32],
-}
-
-/// Floats that start a cache line, so that no vector of theirs crosses one. Zero at first.
-#[derive(Debug)]
-pub(super) struct Floats {
-    memory: Vec<f32>,
-    /// Of the first that counts.
-    start: usize,
-    len: usize,
-}
-
-impl Floats {
-    fn new(len: usize) -> Self {
-        const LINE: usize = 64;
-        let memory = vec![0.0; len + LINE / size_of::<f32>()];
-        let start = memory.as_ptr().align_offset(LINE).min(memory.len() - len);
-        Self { memory, start, len }
-    }
-}
-
-impl Deref for Floats {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        &self.memory[self.start..][..self.len]
-    }
-}
-
-impl DerefMut for Floats {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.memory[self.start..][..self.len]
-    }
 }
 
 impl Workspace {
@@ -179,7 +148,7 @@ impl Buffers {
         let BufferLimits { max_batch_tokens, max_screened_rows, .. } = *limits;
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
         let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
-        let rows = |width: usize| Floats::new(max_batch_tokens * width);
+        let rows = |width: usize| AlignedVec::new(max_batch_tokens * width);
         Self {
             x: rows(hidden_size),
             normed: rows(hidden_size),
@@ -193,14 +162,14 @@ impl Buffers {
             gate: rows(intermediate_size),
             up: rows(intermediate_size),
             sparse: SparseScratch::new(limits.sparse_channels),
-            attention: Floats::new(num_threads * attention::scratch_len(config)),
-            partials: Floats::new(attention::partials_len(config, limits.max_context, num_threads)),
-            head_rows: Floats::new(num_threads * lm_head::ROWS * hidden_size),
-            logits: Floats::new(Workspace::MAX_LOGIT_ROWS * vocab_size),
+            attention: AlignedVec::new(num_threads * attention::scratch_len(config)),
+            partials: AlignedVec::new(attention::partials_len(config, limits.max_context, num_threads)),
+            head_rows: AlignedVec::new(num_threads * lm_head::ROWS * hidden_size),
+            logits: AlignedVec::new(Workspace::MAX_LOGIT_ROWS * vocab_size),
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
-            estimates: Floats::new(max_screened_rows * vocab_size),
-            radii: Floats::new(max_screened_rows * vocab_size),
-            scores: Floats::new(max_screened_rows.min(1) * vocab_size),
+            estimates: AlignedVec::new(max_screened_rows * vocab_size),
+            radii: AlignedVec::new(max_screened_rows * vocab_size),
+            scores: AlignedVec::new(max_screened_rows.min(1) * vocab_size),
         }
     }
 

@@ -23,15 +23,15 @@ pub struct QuantizedActivations<'a> {
     cols: usize,
     scales: &'a [f32],
     sums: &'a [i32],
-    content: Content,
+    version: Version,
 }
 
-/// Says what a buffer holds: another after every change, of any buffer.
+/// What a buffer holds: a number that no buffer had before, after every change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Content(u64);
+pub struct Version(u64);
 
-impl Content {
-    /// Of what was just written.
+impl Version {
+    /// The next.
     pub(crate) fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
@@ -50,8 +50,8 @@ impl<'a> QuantizedActivations<'a> {
     }
 
     /// The same for two that have the same buffer's codes, and the buffer was not written in between.
-    pub fn content(&self) -> Content {
-        self.content
+    pub fn version(&self) -> Version {
+        self.version
     }
 
     /// The codes of row `token`: [`Self::cols`] of them and then zeros, a multiple of [`COLUMN_PADDING`] in all.
@@ -84,7 +84,7 @@ pub struct ActivationBuffer {
     stride: usize,
     scales: Vec<f32>,
     sums: Vec<i32>,
-    content: Content,
+    version: Version,
 }
 
 impl ActivationBuffer {
@@ -96,7 +96,7 @@ impl ActivationBuffer {
             stride += 64;
         }
         let (codes, scales, sums) = (vec![0; max_tokens * stride], vec![0.0; max_tokens], vec![0; max_tokens]);
-        Self { codes, stride, scales, sums, content: Content::new() }
+        Self { codes, stride, scales, sums, version: Version::new() }
     }
 
     /// Bytes allocated.
@@ -110,7 +110,7 @@ impl ActivationBuffer {
     /// When the row or its width exceeds what the buffer was made for.
     #[inline(always)]
     pub fn quantize_row(&mut self, token: usize, values: &[f32]) {
-        self.content = Content::new();
+        self.version = Version::new();
         let row = &mut self.codes[token * self.stride..][..self.stride];
         (self.scales[token], self.sums[token]) = quantize(values, row);
     }
@@ -120,7 +120,7 @@ impl ActivationBuffer {
     /// # Panics
     /// When the buffer has fewer rows.
     pub fn shared(&mut self, num_tokens: usize) -> SharedActivations<'_> {
-        self.content = Content::new();
+        self.version = Version::new();
         SharedActivations {
             codes: SharedRows::new(&mut self.codes[..num_tokens * self.stride], self.stride),
             scales: SharedRows::new(&mut self.scales[..num_tokens], 1),
@@ -141,7 +141,7 @@ impl ActivationBuffer {
             cols,
             scales: &self.scales[..num_tokens],
             sums: &self.sums[..num_tokens],
-            content: self.content,
+            version: self.version,
         }
     }
 }

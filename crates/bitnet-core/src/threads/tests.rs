@@ -46,18 +46,18 @@ fn shares_cover_the_range_once_in_whole_tiles() {
 }
 
 #[test]
-fn pieces_cover_the_range_once_also_when_one_worker_hardly_works() {
+fn chunks_cover_the_range_once_also_when_one_worker_hardly_works() {
     for num_threads in POOL_SIZES {
         let mut pool = WorkerPool::new(num_threads);
         for len in [0, 1, 2, 5, 64, 333, 4008] {
             for slow in [None, Some(0), Some(num_threads - 1)] {
                 let counts: Vec<AtomicUsize> = (0..len).map(|_| AtomicUsize::new(0)).collect();
                 let first_of_slow = slow.map(|index| share(len, index, num_threads).start);
-                pool.run_pieces(len, 1 + len % 3, &|piece| {
-                    if Some(piece.start) == first_of_slow {
+                pool.run_chunks(len, 1 + len % 3, &|chunk| {
+                    if Some(chunk.start) == first_of_slow {
                         std::thread::sleep(Duration::from_millis(2));
                     }
-                    piece.for_each(|index| {
+                    chunk.for_each(|index| {
                         counts[index].fetch_add(1, Ordering::Relaxed);
                     });
                 });
@@ -65,6 +65,16 @@ fn pieces_cover_the_range_once_also_when_one_worker_hardly_works() {
             }
         }
     }
+}
+
+#[test]
+fn a_pool_of_no_threads_has_the_caller() {
+    let mut pool = WorkerPool::new(0);
+    let count = AtomicUsize::new(0);
+    pool.run_chunks(7, 1, &|chunk| {
+        count.fetch_add(chunk.len(), Ordering::Relaxed);
+    });
+    assert_eq!((pool.num_threads(), count.into_inner()), (1, 7));
 }
 
 #[test]

@@ -1,9 +1,9 @@
-//! What passes over weights ask memory for meanwhile: the weights that come after them.
+//! What passes over weights prefetch: the weights that come after them.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::_mm_prefetch;
 
-/// What one pass over a panel asks for. Its addresses need not be valid.
+/// What one pass over a panel prefetches. Its addresses need not be valid.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     from: *const u8,
@@ -20,8 +20,8 @@ impl Ahead {
         Self { from, following, bytes: if distance > 0 { panel.len() } else { 0 } }
     }
 
-    /// What pass `index` of several over the same panel asks for: a part of what follows the panel, or the first would have to
-    /// wait for all of it.
+    /// For pass `index` of several over the same panel: a part of what follows the panel, or the first would have to wait for
+    /// all of it.
     #[inline(always)]
     pub(super) fn part(self, index: usize, num_passes: usize) -> Self {
         if num_passes == 1 {
@@ -39,18 +39,18 @@ impl Ahead {
     }
 }
 
-/// Lines to ask for in each step of a pass.
+/// Lines to prefetch in each step of a pass.
 #[derive(Clone, Copy)]
 pub(super) struct Lines {
     from: *const u8,
-    /// Bytes a step. Rounded up: what several steps or passes ask for again costs less than to find out.
+    /// Bytes a step. Rounded up: to prefetch a line again costs less than to find out.
     stride: usize,
 }
 
 impl Lines {
-    /// Asks for the `N` lines of step `step`, into the cache of `HINT`.
+    /// The `N` lines of step `step`, into the cache of `HINT`.
     #[inline(always)]
-    pub(super) fn ask<const N: usize, const HINT: i32>(self, step: usize) {
+    pub(super) fn prefetch<const N: usize, const HINT: i32>(self, step: usize) {
         if self.stride > 0 {
             let line = self.from.wrapping_add(step * self.stride).cast::<i8>();
             for index in 0..N {

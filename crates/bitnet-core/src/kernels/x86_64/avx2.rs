@@ -7,7 +7,7 @@
 use std::arch::{
     asm,
     x86_64::{
-        __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
+        __m256i, _MM_HINT_T1, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
         _mm256_cvtepi8_epi16, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64,
         _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256,
         _mm256_srai_epi32, _mm256_srli_epi16,
@@ -18,7 +18,7 @@ use super::{
     PanelSums,
     ahead::Ahead,
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, unpack, write_quarters},
+    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, prefetch_quarters, unpack, write_quarters},
 };
 use crate::{
     kernels::{
@@ -148,7 +148,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
     for first in (0..num_tiles).step_by(FLUSH_TILES) {
         let mut narrow = [[_mm256_setzero_si256(); 4]; N];
         for tile in first..num_tiles.min(first + FLUSH_TILES) {
-            ahead.ask::<2, _MM_HINT_T1>(tile);
+            ahead.prefetch::<2, _MM_HINT_T1>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
             for plane in 0..4 {
@@ -190,7 +190,7 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: 
         for first in (0..num_steps).step_by(4 * FLUSH_TILES) {
             let mut narrow = [[_mm256_setzero_si256(); 2]; N];
             for step in first..num_steps.min(first + 4 * FLUSH_TILES) {
-                ahead.ask::<1, _MM_HINT_T1>(step);
+                ahead.prefetch::<1, _MM_HINT_T1>(step);
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [_; 2] = unsafe { load(panel, step, first_quarter) };
                 for (token, narrow) in narrow.iter_mut().enumerate() {
@@ -243,7 +243,7 @@ fn screen_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block
             for step in first..num_steps.min(first + SCREEN_FLUSH_STEPS) {
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [[_; 2]; Q] = unsafe { load_wide(panel, step, first_quarter) };
-                ahead.ask::<2, _MM_HINT_T0>(step);
+                prefetch_quarters::<Q>(ahead, step);
                 for (token, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: 8 bytes a step and token, checked by `num_tiles`.
                     let x = unsafe { broadcast_four(block, step * N + token) };

@@ -22,7 +22,8 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// From here on three blocks share the work of unpacking a slice, which two better do beside their multiplications.
+/// From here on three blocks share the work of unpacking a panel, which two better do beside their multiplications: for 16
+/// tokens unpacking took 6 % longer on an Emerald Rapids core.
 const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// The digit of each plane by the number it is in: the first three planes are in a number below 27, the last two in one

@@ -2,15 +2,15 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    _MM_HINT_T0, _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8,
-    _mm256_setzero_si256, _mm256_srli_epi16,
+    _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256,
+    _mm256_srli_epi16,
 };
 
 use super::{
     PanelSums,
     ahead::Ahead,
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{broadcast, load, unpack, write_quarters},
+    tiles_256::{broadcast, load, prefetch_quarters, unpack, write_quarters},
 };
 use crate::{
     kernels::{
@@ -31,7 +31,7 @@ const UNPACKED_BLOCK: usize = 6;
 /// Tokens of a block of the screen, each with two halves.
 const SCREEN_BLOCK: usize = UNPACKED_BLOCK / 2;
 
-/// From here on several blocks share the work of unpacking a slice.
+/// From here on several blocks share the work of unpacking a panel.
 const UNPACK_FROM: usize = BLOCK + 1;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI: only [`detect`] makes one.
@@ -135,7 +135,7 @@ fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block:
         let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_tiles);
         let mut sums = [[[_mm256_setzero_si256(); Q]; N]; 2];
         for tile in 0..num_tiles {
-            ahead.ask::<2, _MM_HINT_T1>(tile);
+            ahead.prefetch::<2, _MM_HINT_T1>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; Q] = unsafe { load(panel, tile, first_quarter) };
             for plane in 0..4 {
@@ -178,7 +178,7 @@ fn unpacked_gemm<const N: usize, const Q: usize, const SCREEN: bool>(
         let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_steps);
         let mut sums = [[_mm256_setzero_si256(); Q]; N];
         for step in 0..num_steps {
-            ahead.ask::<2, _MM_HINT_T0>(step);
+            prefetch_quarters::<Q>(ahead, step);
             // SAFETY: the step's 128 bytes lie inside the panel.
             let weights: [_; Q] = unsafe { load(panel, step, first_quarter) };
             for (token, sums) in sums.iter_mut().enumerate() {

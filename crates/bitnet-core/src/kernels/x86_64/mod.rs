@@ -15,13 +15,15 @@ use std::{cell::Cell, ops::RangeInclusive};
 use ahead::Ahead;
 
 use super::{
-    TernaryKernel, epilogue,
-    packing::{PackedRows, ROW_TILE, TILE_BYTES},
+    TernaryKernel,
+    aligned::AlignedVec,
+    epilogue,
+    packing::{PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
     screen::{ScreenRows, SplitActivations},
     whole_panel, write_screen,
 };
 use crate::{
-    quant::activation::{Content, QuantizedActivations},
+    quant::activation::{QuantizedActivations, Version},
     threads::ColumnsMut,
 };
 
@@ -57,45 +59,27 @@ const MAX_BLOCK: usize = 12;
 #[derive(Default)]
 struct Scratch {
     interleaved: Interleaved,
-    unpacked: Vec<u8>,
+    unpacked: AlignedVec<u8>,
 }
 
 /// Activations as blocks `[columns / 4, block_rows, 4]`: what one step of a kernel multiplies lies together.
 #[derive(Default)]
 struct Interleaved {
-    codes: Vec<i8>,
+    codes: AlignedVec<i8>,
     /// What they are, for the next product with the same.
     of: Option<InterleavedOf>,
 }
 
 #[derive(PartialEq)]
 struct InterleavedOf {
-    content: Content,
-    /// The first of the rows: a part of a buffer has the content of the whole.
+    version: Version,
+    /// The first of the rows: a part of a buffer has the version of the whole.
     first: *const i8,
     num_rows: usize,
     block_rows: usize,
     cols: usize,
     /// Whether they were then changed, which one kernel does.
     is_prepared: bool,
-}
-
-/// `len` bytes of `memory` that start a cache line: no vector of theirs crosses one.
-#[inline(always)]
-fn aligned(memory: &mut Vec<u8>, len: usize) -> &mut [u8] {
-    const LINE: usize = 64;
-    let memory = at_least(memory, len + LINE);
-    let start = memory.as_ptr().align_offset(LINE).min(LINE);
-    &mut memory[start..][..len]
-}
-
-/// The first `len` values of `memory`, which is never made smaller: what grows again is cleared again.
-#[inline(always)]
-fn at_least<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
-    if memory.len() < len {
-        memory.resize(len, T::default());
-    }
-    &mut memory[..len]
 }
 
 thread_local! {
@@ -147,13 +131,13 @@ fn gemm_by_blocks(
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
     let Scratch { interleaved, unpacked } = &mut scratch;
-    let of = (x.content(), num_tokens, block_tokens, cols);
+    let of = (x.version(), num_tokens, block_tokens, cols);
     let interleaved = interleaved.get(of, |token| x.codes(token), None);
     for (panel_index, panel) in w.panels().enumerate() {
-        let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+        let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let mut codes = panel;
         if let Some(unpack) = unpack {
-            let unpacked = aligned(unpacked, ROW_TILE * cols);
+            let unpacked = unpacked.at_least(ROW_TILE * cols);
             unpack(panel, unpacked);
             codes = unpacked;
         }
@@ -190,10 +174,10 @@ fn screen_by_blocks(
     let num_blocks = num_tokens.div_ceil(block_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
-    let of = (x.content(), 2 * num_tokens, 2 * block_tokens, cols);
+    let of = (x.version(), 2 * num_tokens, 2 * block_tokens, cols);
     let interleaved = scratch.interleaved.get(of, |half| x.halves(half), prepare);
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
-        let rows = panel_index * ROW_TILE..w.rows().min((panel_index + 1) * ROW_TILE);
+        let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let ahead = Ahead::of(panel, w.ahead(num_tokens));
         for (index, block) in interleaved.chunks(2 * block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
@@ -219,15 +203,15 @@ impl Interleaved {
     #[inline(always)]
     fn get<'a>(
         &mut self,
-        (content, num_rows, block_rows, cols): (Content, usize, usize, usize),
+        (version, num_rows, block_rows, cols): (Version, usize, usize, usize),
         codes: impl Fn(usize) -> &'a [i8],
         prepare: Option<Prepare<'_>>,
     ) -> &[i8] {
         let (first, is_prepared) = (codes(0).as_ptr(), prepare.is_some());
-        let of = Some(InterleavedOf { content, first, num_rows, block_rows, cols, is_prepared });
+        let of = Some(InterleavedOf { version, first, num_rows, block_rows, cols, is_prepared });
         if self.of != of {
             self.of = None;
-            let interleaved = at_least(&mut self.codes, num_rows * cols);
+            let interleaved = self.codes.at_least(num_rows * cols);
             interleave(block_rows, cols, codes, interleaved);
             if let Some(prepare) = prepare {
                 prepare(interleaved);

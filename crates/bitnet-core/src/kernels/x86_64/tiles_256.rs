@@ -5,11 +5,11 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256i, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8, _mm256_set1_epi32,
-    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+    __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8,
+    _mm256_set1_epi32, _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::PanelSums;
+use super::{PanelSums, ahead::Lines};
 use crate::kernels::packing::TILE_BYTES;
 
 /// A vector's worth of a tile.
@@ -45,6 +45,17 @@ pub(super) unsafe fn load<const Q: usize>(panel: &[u8], tile: usize, first: usiz
         *quarter = unsafe { _mm256_loadu_si256(bytes.add(QUARTER_BYTES * index).cast()) };
     }
     quarters
+}
+
+/// Prefetches in step `step` of a pass over `Q` quarters of a panel: into the first-level cache if they are all. Several passes
+/// leave it to the panel itself.
+#[inline(always)]
+pub(super) fn prefetch_quarters<const Q: usize>(ahead: Lines, step: usize) {
+    if Q == 4 {
+        ahead.prefetch::<2, _MM_HINT_T0>(step);
+    } else {
+        ahead.prefetch::<1, _MM_HINT_T1>(step);
+    }
 }
 
 /// Four codes, in every lane.

@@ -1,4 +1,4 @@
-//! A range that workers divide among themselves while they work on it.
+//! Work stealing: a range that workers divide among themselves while they work on it.
 
 use std::{
     ops::Range,
@@ -9,26 +9,27 @@ use super::{CacheLine, share};
 
 /// What is left of each worker's share.
 ///
-/// Half of what is left is taken at once: large pieces at first, for each costs some calls, and small ones at the end, for
-/// nobody helps with a piece that was taken.
+/// Half of what is left is taken at once: large chunks at first, for each costs some calls, and small ones at the end, for
+/// nobody helps with a chunk that was taken.
 #[derive(Debug, Default)]
-pub(super) struct Pieces(Box<[CacheLine<AtomicU64>]>);
+pub(super) struct Chunks(Box<[CacheLine<AtomicU64>]>);
 
-impl Pieces {
+impl Chunks {
+    /// For at most `num_threads` workers.
     pub(super) fn new(num_threads: usize) -> Self {
         Self((0..num_threads).map(|_| CacheLine::default()).collect())
     }
 
     /// Gives each of `num_threads` workers its share of `0..len`. Between phases only: those who take must see it.
     pub(super) fn share_out(&self, len: usize, num_threads: usize) {
-        for (index, left) in self.0[..num_threads.max(1)].iter().enumerate() {
+        for (index, left) in self.0[..num_threads].iter().enumerate() {
             let share = share(len, index, num_threads);
-            let bound = |bound| u32::try_from(bound).expect("a phase of less than 2^32 pieces");
+            let bound = |bound| u32::try_from(bound).expect("a phase of less than 2^32 chunks");
             left.0.store(pack(bound(share.start)..bound(share.end)), Ordering::Relaxed);
         }
     }
 
-    /// The next piece for worker `index`, `None` when all is taken; at least `min` where so much of a share is left.
+    /// The next chunk for worker `index`, `None` when all is taken; at least `min` where so much of a share is left.
     pub(super) fn take(&self, index: usize, num_threads: usize, min: usize) -> Option<Range<usize>> {
         let from_start = |left: Range<u32>, len| (left.start..left.start + len, left.start + len..left.end);
         let from_end = |left: Range<u32>, len| (left.end - len..left.end, left.start..left.end - len);
@@ -53,7 +54,7 @@ impl Pieces {
         };
         let rest = |left| split(left).map(|(_, rest)| pack(rest));
         let before = self.0[index].0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).ok()?;
-        split(before).map(|(piece, _)| piece.start as usize..piece.end as usize)
+        split(before).map(|(chunk, _)| chunk.start as usize..chunk.end as usize)
     }
 }
 
