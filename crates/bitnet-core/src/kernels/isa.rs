@@ -6,14 +6,14 @@
 //! over `[f32; 16]` and `f32::mul_add` become vector code. Rust neither reorders nor contracts floating point, so the bits
 //! are the same in every instruction set.
 //!
-//! Where plain Rust cannot name the instruction ([`Isa::widen_f16`]) there is one function an instruction set, and a test that
-//! they agree.
+//! Where plain Rust cannot name the instruction ([`Widen`]) there is one function an instruction set, and a test that they
+//! agree.
 #![allow(unsafe_code)]
 
 use super::math;
 
-/// Values that [`Isa::widen_f16`] writes side by side.
-const RUN: usize = 16;
+/// Values that [`Widen`] takes at once.
+pub const RUN: usize = 16;
 
 /// An instruction set this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,21 @@ pub trait FloatOp {
 
     /// Does it.
     fn call(self) -> Self::Output;
+}
+
+/// As [`FloatOp`], for what reads half-precision values.
+pub trait WideningOp {
+    /// What the computation gives.
+    type Output;
+
+    /// Does it.
+    fn call(self, widen: impl Widen) -> Self::Output;
+}
+
+/// An instruction set's way to the values of half-precision bits.
+pub trait Widen: Copy {
+    /// The values, exactly. (Of a NaN only that it is one is certain.)
+    fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN];
 }
 
 impl Isa {
@@ -86,29 +101,20 @@ impl Isa {
     /// When `stride` is less than a run or `out` has no place for a whole run.
     pub fn widen_f16(self, halves: &[[u8; 2]], out: &mut [f32], stride: usize) {
         assert!(stride >= RUN && halves.len() / RUN * stride <= out.len() + stride - RUN, "a place for every run");
-        let runs = halves.as_chunks::<RUN>().0;
-        match self.0 {
-            Level::Baseline => {
-                for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
-                    for (out, half) in out.iter_mut().zip(run) {
-                        *out = math::f16_to_f32(u16::from_ne_bytes(*half));
-                    }
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this level comes out of `avx2_fma` alone, which checked every feature enabled there.
-            Level::Avx2Fma => unsafe { widen_f16_avx2(runs, out, stride) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this level comes out of `avx512` alone, which checked every feature enabled there.
-            Level::Avx512 => unsafe { widen_f16_avx512(runs, out, stride) },
-        }
+        self.run_widening(WidenAll { runs: halves.as_chunks().0, out, stride });
     }
 
     /// Runs `operation` compiled for this instruction set.
     #[inline]
     pub fn run<O: FloatOp>(self, operation: O) -> O::Output {
+        self.run_widening(WidensNothing(operation))
+    }
+
+    /// As [`Isa::run`].
+    #[inline]
+    pub fn run_widening<O: WideningOp>(self, operation: O) -> O::Output {
         match self.0 {
-            Level::Baseline => operation.call(),
+            Level::Baseline => operation.call(ByIntegers),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level comes out of `avx2_fma` alone, which checked every feature enabled there.
             Level::Avx2Fma => unsafe { run_avx2_fma(operation) },
@@ -119,40 +125,110 @@ impl Isa {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn run_avx2_fma<O: FloatOp>(operation: O) -> O::Output {
-    operation.call()
+struct WidensNothing<O>(O);
+
+impl<O: FloatOp> WideningOp for WidensNothing<O> {
+    type Output = O::Output;
+
+    #[inline(always)]
+    fn call(self, _: impl Widen) -> O::Output {
+        self.0.call()
+    }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-fn run_avx512<O: FloatOp>(operation: O) -> O::Output {
-    operation.call()
+struct WidenAll<'a> {
+    runs: &'a [[[u8; 2]; RUN]],
+    out: &'a mut [f32],
+    stride: usize,
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn widen_f16_avx2(runs: &[[[u8; 2]; RUN]], out: &mut [f32], stride: usize) {
-    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
-    for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
-        let out = out.first_chunk_mut::<RUN>().expect("a whole run");
-        for (halves, out) in run.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<8>().0) {
-            // SAFETY: 8 halves are 128 bits, and 8 floats 256; neither need be aligned.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()))) };
+impl WideningOp for WidenAll<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self, widen: impl Widen) {
+        for (run, out) in self.runs.iter().zip(self.out.chunks_mut(self.stride)) {
+            *out.first_chunk_mut().expect("a whole run") = widen.widen(run);
         }
     }
 }
 
+#[derive(Clone, Copy)]
+struct ByIntegers;
+
+impl Widen for ByIntegers {
+    #[inline(always)]
+    fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
+        let mut values = [0.0; RUN];
+        for (value, half) in values.iter_mut().zip(halves) {
+            *value = math::f16_to_f32(u16::from_ne_bytes(*half));
+        }
+        values
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn run_avx2_fma<O: WideningOp>(operation: O) -> O::Output {
+    operation.call(ByF16c(()))
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-fn widen_f16_avx512(runs: &[[[u8; 2]; RUN]], out: &mut [f32], stride: usize) {
-    use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
-    for (run, out) in runs.iter().zip(out.chunks_mut(stride)) {
-        let out = out.first_chunk_mut::<RUN>().expect("a whole run");
-        // SAFETY: 16 halves are 256 bits, and 16 floats 512; neither need be aligned.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(run.as_ptr().cast()))) };
+fn run_avx512<O: WideningOp>(operation: O) -> O::Output {
+    operation.call(ByAvx512(()))
+}
+
+/// Proof that this CPU has F16C: only [`run_avx2_fma`] makes one.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct ByF16c(());
+
+#[cfg(target_arch = "x86_64")]
+impl Widen for ByF16c {
+    #[inline(always)]
+    fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
+        // SAFETY: as its type says.
+        unsafe { widen_by_f16c(halves) }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,f16c")]
+#[inline]
+fn widen_by_f16c(halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+    let mut values = [0.0; RUN];
+    for (halves, values) in halves.as_chunks::<8>().0.iter().zip(values.as_chunks_mut::<8>().0) {
+        // SAFETY: 8 halves are 128 bits, and 8 floats 256; neither need be aligned.
+        unsafe { _mm256_storeu_ps(values.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()))) };
+    }
+    values
+}
+
+/// Proof that this CPU has AVX-512 F: only [`run_avx512`] makes one.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct ByAvx512(());
+
+#[cfg(target_arch = "x86_64")]
+impl Widen for ByAvx512 {
+    #[inline(always)]
+    fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
+        // SAFETY: as its type says.
+        unsafe { widen_by_avx512(halves) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn widen_by_avx512(halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+    let mut values = [0.0; RUN];
+    // SAFETY: 16 halves are 256 bits, and 16 floats 512; neither need be aligned.
+    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()))) };
+    values
 }
 
 #[cfg(test)]

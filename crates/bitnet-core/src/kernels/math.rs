@@ -10,9 +10,26 @@ pub const LANES: usize = 16;
 /// `e^x` within about one unit in the last place. Results below the smallest normal number are 0.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    const LOWEST: f32 = -87.336_54; // ln of the smallest normal number
     const HIGHEST: f32 = 88.722_84; // ln of the largest number
+    let (e, n) = reduced_exp(x);
+    // 2^n in two factors, for 2^128 is not a number; the halves keep both inside the exponent's range
+    let half = n >> 1;
+    let value = e * power_of_two(half) * power_of_two(n.wrapping_sub(half));
+    let value = if x < LN_SMALLEST { 0.0 } else { value };
+    if x > HIGHEST { f32::INFINITY } else { value }
+}
+
+/// [`exp`] of what is not positive, to the bit, in fewer steps: most of a softmax.
+#[inline(always)]
+pub fn exp_non_positive(x: f32) -> f32 {
+    let (e, n) = reduced_exp(x);
+    if x < LN_SMALLEST { 0.0 } else { e * power_of_two(n) }
+}
+
+/// `(e, n)` with `e^x = e 2^n`, `e` between the roots of 1/2 and 2.
+#[inline(always)]
+fn reduced_exp(x: f32) -> (f32, i32) {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
     // x = n ln 2 + r with |r| <= ln 2 / 2
     let shifted = x.mul_add(LOG2_E, ROUND_MAGIC);
     let n = shifted.to_bits().wrapping_sub(ROUND_MAGIC.to_bits()).cast_signed();
@@ -25,12 +42,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.041_666_463);
     let p = p.mul_add(r, 0.166_666_67);
     let p = p.mul_add(r, 0.5);
-    let e = (p * r).mul_add(r, r) + 1.0;
-    // 2^n in two factors, for 2^128 is not a number; the halves keep both inside the exponent's range
-    let half = n >> 1;
-    let value = e * power_of_two(half) * power_of_two(n.wrapping_sub(half));
-    let value = if x < LOWEST { 0.0 } else { value };
-    if x > HIGHEST { f32::INFINITY } else { value }
+    ((p * r).mul_add(r, r) + 1.0, n)
 }
 
 /// Natural logarithm within about one unit in the last place: `ln(0)` is -inf, of a negative number NaN.
@@ -134,6 +146,7 @@ pub fn lane_tree(lanes: &[f32; LANES]) -> f32 {
 }
 
 const ROUND_MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+const LN_SMALLEST: f32 = -87.336_54; // of the smallest normal number
 const LN2_HIGH: f32 = 0.693_145_75; // its low 9 bits are zero, so n * LN2_HIGH is exact
 const LN2_LOW: f32 = 1.428_606_8e-6;
 

@@ -24,7 +24,7 @@ mod x86_64;
 use std::{ops::Range, sync::LazyLock};
 
 pub use autotune::autotune;
-pub use isa::{FloatOp, Isa};
+pub use isa::{FloatOp, Isa, RUN, Widen, WideningOp};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
 use screen::{PanelBounds, ScreenRows, SplitActivations};
 pub use self_test::{SelfTestFailure, self_test};
@@ -250,7 +250,7 @@ fn epilogue(sum: i32, s: f32, scale: f32) -> f32 {
 /// Asks for the cache line at `address`, which need not be valid, to come into the second-level cache.
 #[inline(always)]
 #[allow(unsafe_code)]
-fn prefetch_line(address: *const u8) {
+pub(crate) fn prefetch_line(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: prefetching has no effect a program can observe, whatever the address; SSE is part of x86-64.
     unsafe {
@@ -258,14 +258,6 @@ fn prefetch_line(address: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
-}
-
-/// [`prefetch_line`] of all of `bytes`.
-#[inline(always)]
-pub(crate) fn prefetch_all(bytes: &[u8]) {
-    for line in bytes.chunks(64) {
-        prefetch_line(line.as_ptr());
-    }
 }
 
 /// What every kernel's pointer arithmetic relies on, checked once per product.

@@ -388,6 +388,12 @@ fn exp_is_accurate_and_has_the_right_ends() {
     assert_eq!(math::exp(f32::INFINITY), f32::INFINITY);
     assert!(math::exp(88.72).is_finite());
     assert!(math::exp(f32::NAN).is_nan());
+    let non_positive =
+        inputs().filter(|x| *x <= 0.0).chain([-87.336_54, -87.336_55, -0.0, f32::NEG_INFINITY, f32::MIN]);
+    for x in non_positive {
+        assert_eq!(math::exp_non_positive(x).to_bits(), math::exp(x).to_bits(), "{x}");
+    }
+    assert!(math::exp_non_positive(f32::NAN).is_nan());
 }
 
 #[test]

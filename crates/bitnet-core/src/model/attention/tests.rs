@@ -21,9 +21,9 @@ fn config() -> ModelConfig {
     ModelConfig { num_layers: 2, num_heads: 6, num_kv_heads: 2, head_dim: 20, ..test_config() }
 }
 
-/// A value in -1..1 that depends on everything given.
+/// A value in -1..1 that depends on everything given, and is a half.
 fn value(kind: usize, position: usize, i: usize) -> f32 {
-    ((kind * 7919 + position * 104_729 + i * 1299) % 2000) as f32 / 1000.0 - 1.0
+    ((kind * 7919 + position * 104_729 + i * 1299) % 2000) as f32 / 1024.0 - 1.0
 }
 
 fn rows(kind: usize, positions: Range<usize>, width: usize) -> Vec<f32> {
@@ -61,8 +61,9 @@ fn every_kernel_follows_the_specification_to_the_bit() {
     let (q_width, kv_width) = (6 * 20, 2 * 20);
     let table: Vec<_> = (0..NUM_BLOCKS).rev().map(|block| BlockId(block as u32)).collect();
     let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
-    for kernel in kernels::available() {
-        let mut kv = KvCache::with_geometry(Geometry::new(&config, KvDtype::F32), NUM_BLOCKS).expect("small");
+    let dtypes = [KvDtype::F32, KvDtype::F16];
+    for (kernel, dtype) in kernels::available().iter().flat_map(|kernel| dtypes.map(|dtype| (kernel, dtype))) {
+        let mut kv = KvCache::with_geometry(Geometry::new(&config, dtype), NUM_BLOCKS).expect("small");
         // Three workers cut units of one partition and of two.
         let mut pool = WorkerPool::new(3);
         for (start, end) in [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)] {
@@ -80,7 +81,7 @@ fn every_kernel_follows_the_specification_to_the_bit() {
             attend(phases, &kv, 1, &batch, &q, &mut out, &mut scratch, &mut partials);
             for (i, (q, out)) in q.chunks_exact(20).zip(out.chunks_exact(20)).enumerate() {
                 let expected = specification(q, start + i / 6, i % 6 / 3, &config);
-                assert_eq!(out, expected, "{} row {} head {}", kernel.name(), start + i / 6, i % 6);
+                assert_eq!(out, expected, "{} {dtype:?} row {} head {}", kernel.name(), start + i / 6, i % 6);
             }
         }
     }

@@ -1,89 +1,225 @@
 //! The inner loops: tiles of sums that stay in registers, and the softmax of one query. Plain Rust for
-//! [`Isa::run`](crate::kernels::Isa::run), so everything is inlined and there are no closures.
+//! [`Isa::run_widening`](crate::kernels::Isa::run_widening), so everything is inlined and there are no closures.
+
+use std::slice::{self, ChunksExact};
 
 use super::PARTITION;
-use crate::kernels::math::{self, LANES};
+use crate::kernels::{
+    RUN, Widen,
+    math::{self, LANES},
+    prefetch_line,
+};
 
-/// Columns of a tile of sums where registers are many and wide: two vectors of 16.
-pub(super) const WIDE: usize = 2 * LANES;
+/// Vectors of 16 columns of a tile of sums where registers are many and wide.
+pub(super) const WIDE: usize = 4;
 
-/// Queries of a tile of `W` columns at most: enough independent sums to hide the latency of an addition, few enough for
-/// them, the columns and one query's value to fit the registers (32 of 16 floats, or 16 of 8).
-pub(super) const fn max_queries<const W: usize>() -> usize {
-    if W == WIDE { 8 } else { 6 }
-}
+/// Queries of a tile at most. Six times four sums, the four columns and one query's value fit 32 registers of 16 floats;
+/// six times two fit 16 of 8.
+pub(super) const MAX_QUERIES: usize = 6;
+
+/// Sums, or what is added to them, side by side.
+type Vectors<const V: usize> = [[f32; LANES]; V];
+
+/// Halves as they are stored.
+type Run = [[u8; 2]; RUN];
 
 /// Calls `$function::<N, W>` with the constant `N` that equals `$n`.
 macro_rules! by_queries {
-    ($n:expr, $function:ident::<N, $w:ident> $arguments:tt) => {
+    ($n:expr, $function:ident::<N, $v:ident> $arguments:tt) => {
         match $n {
-            1 => $function::<1, $w> $arguments,
-            2 => $function::<2, $w> $arguments,
-            3 => $function::<3, $w> $arguments,
-            4 => $function::<4, $w> $arguments,
-            5 => $function::<5, $w> $arguments,
-            6 => $function::<6, $w> $arguments,
-            7 => $function::<7, $w> $arguments,
-            8 => $function::<8, $w> $arguments,
+            1 => $function::<1, $v> $arguments,
+            2 => $function::<2, $v> $arguments,
+            3 => $function::<3, $v> $arguments,
+            4 => $function::<4, $v> $arguments,
+            5 => $function::<5, $v> $arguments,
+            6 => $function::<6, $v> $arguments,
             n => unreachable!("a tile of {n} queries"),
         }
     };
 }
 pub(super) use by_queries;
 
-/// `scores[n][..W] = queries[n] . keys * scale`; `keys: [head_dim][W]`, rows of `scores` are a partition apart.
+/// What is multiplied: keys or values, row by row.
+pub(super) trait Rows<const V: usize> {
+    /// `None` when there are no more.
+    fn next(&mut self) -> Option<Vectors<V>>;
+}
+
+/// Values of several positions.
+pub(super) trait Values: Clone {
+    /// From `position` and `column` on.
+    fn at(&self, position: usize, column: usize) -> Self;
+}
+
+/// Decoded: `[rows][stride]`, from `column` on.
+#[derive(Clone)]
+pub(super) struct Decoded<'a> {
+    rows: ChunksExact<'a, f32>,
+    column: usize,
+}
+
+impl<'a> Decoded<'a> {
+    #[inline(always)]
+    pub(super) fn new(values: &'a [f32], stride: usize) -> Self {
+        Self { rows: values.chunks_exact(stride), column: 0 }
+    }
+}
+
+impl<const V: usize> Rows<V> for Decoded<'_> {
+    #[inline(always)]
+    fn next(&mut self) -> Option<Vectors<V>> {
+        self.rows.next()?[self.column..].as_chunks().0.first_chunk().copied()
+    }
+}
+
+impl Values for Decoded<'_> {
+    #[inline(always)]
+    fn at(&self, position: usize, column: usize) -> Self {
+        let mut rows = self.rows.clone();
+        if position > 0 {
+            rows.nth(position - 1);
+        }
+        Self { rows, column }
+    }
+}
+
+/// Keys of `V` blocks as they are stored, `[head_dim]` runs each, and of the blocks that are asked for meanwhile: each line
+/// twice, which costs less than to find out.
+#[derive(Clone)]
+pub(super) struct HalfKeys<'a, H, const V: usize> {
+    blocks: [slice::Iter<'a, Run>; V],
+    ahead: [*const Run; V],
+    widen: H,
+}
+
+impl<'a, H, const V: usize> HalfKeys<'a, H, V> {
+    #[inline(always)]
+    pub(super) fn new(blocks: [&'a [Run]; V], ahead: [&'a [Run]; V], widen: H) -> Self {
+        Self { blocks: blocks.map(|runs| runs.iter()), ahead: ahead.map(|runs| runs.as_ptr()), widen }
+    }
+}
+
+impl<H: Widen, const V: usize> Rows<V> for HalfKeys<'_, H, V> {
+    #[inline(always)]
+    fn next(&mut self) -> Option<Vectors<V>> {
+        let mut row = [[0.0; LANES]; V];
+        for ((values, block), ahead) in row.iter_mut().zip(&mut self.blocks).zip(&mut self.ahead) {
+            *values = self.widen.widen(block.next()?);
+            prefetch_line(ahead.cast());
+            *ahead = ahead.wrapping_add(1);
+        }
+        Some(row)
+    }
+}
+
+/// Values of a block as they are stored, `[16][runs_per_row]` runs, and of the block that is asked for meanwhile.
+#[derive(Clone)]
+pub(super) struct HalfValues<'a, H> {
+    rows: ChunksExact<'a, Run>,
+    ahead: *const Run,
+    runs_per_row: usize,
+    column: usize,
+    widen: H,
+}
+
+impl<'a, H> HalfValues<'a, H> {
+    #[inline(always)]
+    pub(super) fn new(block: &'a [Run], ahead: &'a [Run], runs_per_row: usize, widen: H) -> Self {
+        Self { rows: block.chunks_exact(runs_per_row), ahead: ahead.as_ptr(), runs_per_row, column: 0, widen }
+    }
+}
+
+impl<H: Widen, const V: usize> Rows<V> for HalfValues<'_, H> {
+    #[inline(always)]
+    fn next(&mut self) -> Option<Vectors<V>> {
+        let runs: &[Run; V] = self.rows.next()?[self.column..].first_chunk()?;
+        let mut row = [[0.0; LANES]; V];
+        for (v, (values, run)) in row.iter_mut().zip(runs).enumerate() {
+            // Two runs a line.
+            if v % 2 == 0 {
+                prefetch_line(self.ahead.wrapping_add(v).cast());
+            }
+            *values = self.widen.widen(run);
+        }
+        self.ahead = self.ahead.wrapping_add(self.runs_per_row);
+        Some(row)
+    }
+}
+
+impl<H: Widen> Values for HalfValues<'_, H> {
+    #[inline(always)]
+    fn at(&self, position: usize, column: usize) -> Self {
+        let column = column / RUN;
+        let mut rows = self.rows.clone();
+        if position > 0 {
+            rows.nth(position - 1);
+        }
+        let ahead = self.ahead.wrapping_add(position * self.runs_per_row + column);
+        Self { rows, ahead, column, ..self.clone() }
+    }
+}
+
+/// `scores[n][..16 V] = queries[n] . keys * scale`; `keys: [head_dim][16 V]`, rows of `scores` are a partition apart.
 #[inline(always)]
-pub(super) fn score<const N: usize, const W: usize>(queries: &[&[f32]], keys: &[f32], scale: f32, scores: &mut [f32]) {
+pub(super) fn score<const N: usize, const V: usize>(
+    queries: &[&[f32]],
+    keys: impl Rows<V>,
+    scale: f32,
+    scores: &mut [f32],
+) {
     let queries = *queries.first_chunk::<N>().expect("a whole tile");
-    let sums = multiply_add(queries, keys, W, [[0.0; W]; N]);
+    let sums = multiply_add(queries, keys, [[[0.0; LANES]; V]; N]);
     for (sums, scores) in sums.iter().zip(scores.chunks_mut(PARTITION)) {
-        for (score, sum) in scores.iter_mut().zip(sums) {
-            *score = sum * scale;
+        for (sums, scores) in sums.iter().zip(scores.as_chunks_mut::<LANES>().0) {
+            for (sum, score) in sums.iter().zip(scores) {
+                *score = sum * scale;
+            }
         }
     }
 }
 
-/// `acc[n][..W] += weights[n] . values`; rows of `weights` are a partition apart, `num_positions` of them count. Rows of
-/// `values` and `acc` are `stride` apart.
+/// `acc[n][..16 V] += weights[n] . values` over `num_rows` of them; rows of `weights` are a partition apart, those of `acc`
+/// `stride`.
 #[inline(always)]
-pub(super) fn add_values<const N: usize, const W: usize>(
+pub(super) fn add_values<const N: usize, const V: usize>(
     weights: &[f32],
-    num_positions: usize,
-    values: &[f32],
+    values: impl Rows<V>,
+    num_rows: usize,
     stride: usize,
     acc: &mut [f32],
 ) {
-    let (mut rows, mut sums) = ([weights; N], [[0.0; W]; N]);
+    let (mut rows, mut sums) = ([weights; N], [[[0.0; LANES]; V]; N]);
     for n in 0..N {
-        rows[n] = &weights[n * PARTITION..][..num_positions];
-        sums[n] = *acc[n * stride..].first_chunk().expect("a whole row of sums");
+        rows[n] = &weights[n * PARTITION..][..num_rows];
+        sums[n] = *acc[n * stride..].as_chunks().0.first_chunk().expect("a whole row of sums");
     }
-    let sums = multiply_add(rows, values, stride, sums);
-    for (n, sums) in sums.iter().enumerate() {
-        acc[n * stride..][..W].copy_from_slice(sums);
+    let sums = multiply_add(rows, values, sums);
+    for n in 0..N {
+        *acc[n * stride..].as_chunks_mut().0.first_chunk_mut().expect("a whole row of sums") = sums[n];
     }
 }
 
-/// `sums[n] += a[n][k] * b[k]`, k ascending, by fused multiply-add; rows of `b` are `stride` apart.
+/// `sums[n] += a[n][k] * b[k]`, k ascending, by fused multiply-add.
 #[inline(always)]
-fn multiply_add<const N: usize, const W: usize>(
+fn multiply_add<const N: usize, const V: usize>(
     mut a: [&[f32]; N],
-    b: &[f32],
-    stride: usize,
-    mut sums: [[f32; W]; N],
-) -> [[f32; W]; N] {
+    mut b: impl Rows<V>,
+    mut sums: [Vectors<V>; N],
+) -> [Vectors<V>; N] {
     let len = a[0].len();
     for a in &mut a {
         *a = &a[..len];
     }
-    assert!(len.saturating_sub(1) * stride + W <= b.len(), "a row for every factor");
-    for (k, row) in (0..len).zip(b.chunks(stride)) {
-        // A copy, or every use would load it again.
-        let row = *row.first_chunk::<W>().expect("a whole row");
+    for k in 0..len {
+        let Some(row) = b.next() else {
+            unreachable!("a row for every factor");
+        };
         for n in 0..N {
             let a = a[n][k];
-            for w in 0..W {
-                sums[n][w] = a.mul_add(row[w], sums[n][w]);
+            for v in 0..V {
+                for lane in 0..LANES {
+                    sums[n][v][lane] = a.mul_add(row[v][lane], sums[n][v][lane]);
+                }
             }
         }
     }
@@ -101,7 +237,7 @@ pub(super) fn softmax(scores: &mut [f32], num_visible: usize) -> [f32; 2] {
     let mut lanes = [0.0; LANES];
     for step in steps {
         for score in step.iter_mut() {
-            *score = math::exp(*score - max);
+            *score = math::exp_non_positive(*score - max);
         }
         for lane in 0..LANES {
             lanes[lane] += step[lane];
@@ -125,11 +261,20 @@ fn max_16(steps: &[[f32; LANES]]) -> f32 {
             lanes[lane] = larger(lanes[lane], step[lane]);
         }
     }
-    let mut max = f32::NEG_INFINITY;
-    for lane in lanes {
-        max = larger(max, lane);
+    largest_lane(lanes)
+}
+
+/// Not inlined, as [`lane_tree`].
+#[inline(never)]
+fn largest_lane(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = larger(lanes[lane], lanes[lane + half]);
+        }
+        half /= 2;
     }
-    max
+    lanes[0]
 }
 
 #[inline(always)]

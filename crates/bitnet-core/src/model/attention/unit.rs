@@ -5,15 +5,15 @@ use std::ops::Range;
 
 use super::{
     PARTITION, QuerySpan,
-    tile::{self, WIDE, add_values, by_queries, max_queries, score},
+    tile::{self, Decoded, HalfKeys, HalfValues, MAX_QUERIES, Rows, Values, WIDE, add_values, by_queries, score},
 };
 use crate::{
     ids::BlockId,
     kernels::{
-        FloatOp, Isa,
+        FloatOp, Isa, RUN, Widen, WideningOp,
         math::{self, LANES},
     },
-    kv_cache::{BLOCK_TOKENS, KvCache, KvTile},
+    kv_cache::{BLOCK_TOKENS, KvCache, KvDtype, KvTile},
     threads::SharedRows,
 };
 
@@ -124,14 +124,22 @@ impl Unit<'_> {
     fn attend_partition(&self, start: usize, scratch: &mut Scratch<'_>) {
         // Each compiled by itself: in one function they would compete for registers.
         if self.isa.is_wide() {
-            self.isa.run(Score::<WIDE> { unit: self, start, scratch });
+            self.isa.run_widening(Score::<WIDE> { unit: self, start, scratch });
             self.isa.run(Softmax { unit: self, start, scratch });
-            self.isa.run(Weigh::<WIDE> { unit: self, start, scratch });
+            self.isa.run_widening(Weigh::<WIDE> { unit: self, start, scratch });
         } else {
-            self.isa.run(Score::<LANES> { unit: self, start, scratch });
+            self.isa.run_widening(Score::<1> { unit: self, start, scratch });
             self.isa.run(Softmax { unit: self, start, scratch });
-            self.isa.run(Weigh::<LANES> { unit: self, start, scratch });
+            self.isa.run_widening(Weigh::<1> { unit: self, start, scratch });
         }
+    }
+
+    /// Whether halves are widened as they are multiplied, once for each tile of queries: a few do not use them often enough for
+    /// writing them down to pay.
+    #[inline(always)]
+    fn multiplies_halves(&self) -> bool {
+        let max_tiles = if self.isa.is_wide() { 3 } else { 1 };
+        self.kv.dtype() == KvDtype::F16 && self.num_queries() <= max_tiles * MAX_QUERIES
     }
 
     fn num_queries(&self) -> usize {
@@ -179,29 +187,69 @@ impl Unit<'_> {
         self.kv.values(self.blocks[index], self.layer, self.head)
     }
 
-    /// Scores of the partition at `start`: `scores[query][position - start]`, computed in tiles of `W` positions.
+    /// Scores of the partition at `start`: `scores[query][position - start]`, computed in tiles of `V` blocks at most.
     #[inline(always)]
-    fn score<const W: usize>(&self, start: usize, scratch: &mut Scratch<'_>) {
-        let scale = 1.0 / (self.head_dim as f32).sqrt();
+    fn score<const V: usize>(&self, start: usize, scratch: &mut Scratch<'_>, widen: impl Widen) {
         let blocks = self.visible_blocks(start);
-        let keys = &mut scratch.tile[..self.head_dim * W];
-        for first in blocks.clone().step_by(W / BLOCK_TOKENS) {
-            // Without a second block its columns are scored as they are, and never used.
-            for (column, index) in (first..blocks.end.min(first + W / BLOCK_TOKENS)).enumerate() {
-                self.prefetch_after_keys(index, &blocks);
-                self.keys(index).decode(self.isa, &mut keys[column * BLOCK_TOKENS..], W);
+        let mut first = blocks.start;
+        while first < blocks.end {
+            // A narrower tile where the wider would be half empty.
+            first = match (V, blocks.end - first) {
+                (WIDE, 4..) => self.score_tile::<WIDE>(first, &blocks, start, scratch, widen),
+                (WIDE, 2..) => self.score_tile::<2>(first, &blocks, start, scratch, widen),
+                _ => self.score_tile::<1>(first, &blocks, start, scratch, widen),
+            };
+        }
+    }
+
+    /// The tile that begins with block `first`; returns its end.
+    #[inline(always)]
+    fn score_tile<const V: usize>(
+        &self,
+        first: usize,
+        blocks: &Range<usize>,
+        start: usize,
+        scratch: &mut Scratch<'_>,
+        widen: impl Widen,
+    ) -> usize {
+        let indices: [usize; V] = std::array::from_fn(|v| first + v);
+        if self.multiplies_halves() {
+            let keys = indices.map(|index| halves(self.keys(index)));
+            // Where nothing follows, what is there already.
+            let ahead = indices.map(|index| halves(self.ahead_of_keys(index, blocks).unwrap_or(self.keys(index))));
+            self.score_rows::<V>(first, start, &HalfKeys::new(keys, ahead, widen), scratch.scores);
+        } else {
+            let stride = V * BLOCK_TOKENS;
+            let tile = &mut scratch.tile[..self.head_dim * stride];
+            for (column, index) in indices.into_iter().enumerate() {
+                let ahead = self.ahead_of_keys(index, blocks).map_or(&[][..], |tile| tile.lines());
+                self.keys(index).decode(self.isa, &mut tile[column * BLOCK_TOKENS..], stride, ahead);
             }
-            let offset = first * BLOCK_TOKENS - start;
-            let Range { start: from, end } = self.queries_from(first * BLOCK_TOKENS);
-            for query in (from..end).step_by(max_queries::<W>()) {
-                let num_queries = (end - query).min(max_queries::<W>());
-                let mut queries = [&[][..]; max_queries::<WIDE>()];
-                for (i, row) in queries[..num_queries].iter_mut().enumerate() {
-                    *row = self.query(query + i);
-                }
-                let scores = &mut scratch.scores[query * PARTITION + offset..];
-                by_queries!(num_queries, score::<N, W>(&queries, keys, scale, scores));
+            self.score_rows::<V>(first, start, &Decoded::new(tile, stride), scratch.scores);
+        }
+        first + V
+    }
+
+    /// Of all queries that see any of them.
+    #[inline(always)]
+    fn score_rows<const V: usize>(
+        &self,
+        first: usize,
+        start: usize,
+        keys: &(impl Rows<V> + Clone),
+        scores: &mut [f32],
+    ) {
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let offset = first * BLOCK_TOKENS - start;
+        let Range { start: from, end } = self.queries_from(first * BLOCK_TOKENS);
+        for query in (from..end).step_by(MAX_QUERIES) {
+            let num_queries = (end - query).min(MAX_QUERIES);
+            let mut queries = [&[][..]; MAX_QUERIES];
+            for (i, row) in queries[..num_queries].iter_mut().enumerate() {
+                *row = self.query(query + i);
             }
+            let scores = &mut scores[query * PARTITION + offset..];
+            by_queries!(num_queries, score::<N, V>(&queries, keys.clone(), scale, scores));
         }
     }
 
@@ -214,57 +262,97 @@ impl Unit<'_> {
         }
     }
 
-    /// `partial[query] = sum of weight * V` over the partition's visible positions, computed in tiles of `W` columns.
+    /// `partial[query] = sum of weight * V` over the partition's visible positions, computed in tiles of `V` vectors.
     #[inline(always)]
-    fn weigh<const W: usize>(&self, start: usize, scratch: &mut Scratch<'_>) {
-        let padded = padded(self.head_dim);
+    fn weigh<const V: usize>(&self, start: usize, scratch: &mut Scratch<'_>, widen: impl Widen) {
+        let stride = padded(self.head_dim);
         let blocks = self.visible_blocks(start);
+        let positions = |blocks: &Range<usize>| blocks.start * BLOCK_TOKENS..blocks.end * BLOCK_TOKENS;
         scratch.partial.fill(0.0);
-        for first in blocks.clone().step_by(VALUE_TILE / BLOCK_TOKENS) {
-            let indices = first..blocks.end.min(first + VALUE_TILE / BLOCK_TOKENS);
-            for (index, values) in indices.zip(scratch.tile.chunks_exact_mut(BLOCK_TOKENS * padded)) {
-                self.prefetch_after_values(index, &blocks);
-                self.values(index).decode(self.isa, values, LANES);
+        if self.multiplies_halves() {
+            for index in blocks.clone() {
+                let values = self.values(index);
+                let ahead = self.ahead_of_values(index, &blocks).unwrap_or(values);
+                let values = HalfValues::new(halves(values), halves(ahead), stride / RUN, widen);
+                let positions = positions(&(index..index + 1));
+                self.weigh_tile::<V>(positions, start, &values, scratch.scores, scratch.partial);
             }
-            let Range { start: from, end } = self.queries_from(first * BLOCK_TOKENS);
-            for query in (from..end).step_by(max_queries::<W>()) {
-                let queries = query..end.min(query + max_queries::<W>());
-                // What all of them see, then what only the later ones do.
-                let num_shared = self.num_visible(query, first * BLOCK_TOKENS).min(VALUE_TILE);
-                let offset = first * BLOCK_TOKENS - start;
-                self.add_values::<W>(queries.clone(), offset, 0..num_shared, scratch);
-                for query in queries {
-                    let num_own = self.num_visible(query, first * BLOCK_TOKENS).min(VALUE_TILE);
-                    if num_own > num_shared {
-                        self.add_values::<W>(query..query + 1, offset, num_shared..num_own, scratch);
-                    }
-                }
+            return;
+        }
+        for first in blocks.clone().step_by(VALUE_TILE / BLOCK_TOKENS) {
+            let tile = first..blocks.end.min(first + VALUE_TILE / BLOCK_TOKENS);
+            for (index, values) in tile.clone().zip(scratch.tile.chunks_exact_mut(BLOCK_TOKENS * stride)) {
+                let ahead = self.ahead_of_values(index, &blocks).map_or(&[][..], |tile| tile.lines());
+                self.values(index).decode(self.isa, values, LANES, ahead);
+            }
+            let values = Decoded::new(scratch.tile, stride);
+            self.weigh_tile::<V>(positions(&tile), start, &values, scratch.scores, scratch.partial);
+        }
+    }
+
+    /// Adds the visible ones of `positions`, whose values are `values`.
+    #[inline(always)]
+    fn weigh_tile<const V: usize>(
+        &self,
+        positions: Range<usize>,
+        start: usize,
+        values: &(impl Values + Rows<V> + Rows<1>),
+        weights: &[f32],
+        partial: &mut [f32],
+    ) {
+        let padded = padded(self.head_dim);
+        let whole_tiles = padded - padded % (V * LANES);
+        // Columns outermost: half a tile stays in the first-level cache.
+        for column in (0..whole_tiles).step_by(V * LANES) {
+            self.weigh_columns::<V>(&positions, start, column, values, weights, partial);
+        }
+        for column in (whole_tiles..padded).step_by(LANES) {
+            self.weigh_columns::<1>(&positions, start, column, values, weights, partial);
+        }
+    }
+
+    #[inline(always)]
+    fn weigh_columns<const V: usize>(
+        &self,
+        positions: &Range<usize>,
+        start: usize,
+        column: usize,
+        values: &(impl Values + Rows<V>),
+        weights: &[f32],
+        partial: &mut [f32],
+    ) {
+        let Range { start: from, end } = self.queries_from(positions.start);
+        for query in (from..end).step_by(MAX_QUERIES) {
+            let queries = query..end.min(query + MAX_QUERIES);
+            let [num_shared, num_seen] =
+                [query, queries.end - 1].map(|query| self.num_visible(query, positions.start).min(positions.len()));
+            // What all of them see, then what only the later ones do.
+            let offset = positions.start - start;
+            self.add_values::<V>(queries.clone(), offset, 0..num_shared, column, values, weights, partial);
+            for position in num_shared..num_seen {
+                let later = self.queries_from(positions.start + position).start..queries.end;
+                self.add_values::<V>(later, offset, position..position + 1, column, values, weights, partial);
             }
         }
     }
 
-    /// `partial[queries] += weights * values` for `positions` of the tile, which begins at `offset` of the partition.
+    /// `partial[queries] += weights * values` for `seen` of the tile, which begins at `offset` of the partition.
     #[inline(always)]
-    fn add_values<const W: usize>(
+    #[expect(clippy::too_many_arguments, reason = "three matrices and what part of each")]
+    fn add_values<const V: usize>(
         &self,
         queries: Range<usize>,
         offset: usize,
-        positions: Range<usize>,
-        scratch: &mut Scratch<'_>,
+        seen: Range<usize>,
+        column: usize,
+        values: &(impl Values + Rows<V>),
+        weights: &[f32],
+        partial: &mut [f32],
     ) {
         let stride = padded(self.head_dim);
-        let weights = &scratch.scores[queries.start * PARTITION + offset + positions.start..];
-        let values = &scratch.tile[positions.start * stride..];
-        let acc = &mut scratch.partial[queries.start * stride..];
-        let whole_tiles = stride - stride % W;
-        for column in (0..whole_tiles).step_by(W) {
-            let (values, acc) = (&values[column..], &mut acc[column..]);
-            by_queries!(queries.len(), add_values::<N, W>(weights, positions.len(), values, stride, acc));
-        }
-        for column in (whole_tiles..stride).step_by(LANES) {
-            let (values, acc) = (&values[column..], &mut acc[column..]);
-            by_queries!(queries.len(), add_values::<N, LANES>(weights, positions.len(), values, stride, acc));
-        }
+        let weights = &weights[queries.start * PARTITION + offset + seen.start..];
+        let (values, acc) = (values.at(seen.start, column), &mut partial[queries.start * stride + column..]);
+        by_queries!(queries.len(), add_values::<N, V>(weights, values.clone(), seen.len(), stride, acc));
     }
 
     /// Adds the partition at `start` to the running sums.
@@ -300,42 +388,48 @@ impl Unit<'_> {
         }
     }
 
-    /// Asks for what is decoded [`AHEAD_BLOCKS`] after the keys of block `index`, of a partition of `blocks`.
+    /// What is used [`AHEAD_BLOCKS`] after the keys of block `index`, of a partition of `blocks`.
     #[inline(always)]
-    fn prefetch_after_keys(&self, index: usize, blocks: &Range<usize>) {
+    fn ahead_of_keys(&self, index: usize, blocks: &Range<usize>) -> Option<KvTile<'_>> {
         let ahead = index + AHEAD_BLOCKS;
         if ahead < blocks.end {
-            self.keys(ahead).prefetch();
-        } else if blocks.start + ahead - blocks.end < blocks.end {
-            self.values(blocks.start + ahead - blocks.end).prefetch();
+            Some(self.keys(ahead))
+        } else {
+            let ahead = blocks.start + ahead - blocks.end;
+            (ahead < blocks.end).then(|| self.values(ahead))
         }
     }
 
-    /// As [`Self::prefetch_after_keys`] after the values of block `index`: the next keys are those of the next partition.
+    /// As [`Self::ahead_of_keys`] for the values of block `index`: the next keys are those of the next partition.
     #[inline(always)]
-    fn prefetch_after_values(&self, index: usize, blocks: &Range<usize>) {
+    fn ahead_of_values(&self, index: usize, blocks: &Range<usize>) -> Option<KvTile<'_>> {
         let ahead = index + AHEAD_BLOCKS;
         if ahead < blocks.end {
-            self.values(ahead).prefetch();
-        } else if ahead * BLOCK_TOKENS < self.end() {
-            self.keys(ahead).prefetch();
+            Some(self.values(ahead))
+        } else {
+            (ahead * BLOCK_TOKENS < self.end()).then(|| self.keys(ahead))
         }
     }
 }
 
+#[inline(always)]
+fn halves(tile: KvTile<'_>) -> &[[[u8; 2]; RUN]] {
+    tile.halves().expect("a cache of halves")
+}
+
 /// Scores of the partition at `start`.
-struct Score<'a, 's, const W: usize> {
+struct Score<'a, 's, const V: usize> {
     unit: &'a Unit<'a>,
     start: usize,
     scratch: &'a mut Scratch<'s>,
 }
 
-impl<const W: usize> FloatOp for Score<'_, '_, W> {
+impl<const V: usize> WideningOp for Score<'_, '_, V> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
-        self.unit.score::<W>(self.start, self.scratch);
+    fn call(self, widen: impl Widen) {
+        self.unit.score::<V>(self.start, self.scratch, widen);
     }
 }
 
@@ -356,18 +450,18 @@ impl FloatOp for Softmax<'_, '_> {
 }
 
 /// Its weighted values.
-struct Weigh<'a, 's, const W: usize> {
+struct Weigh<'a, 's, const V: usize> {
     unit: &'a Unit<'a>,
     start: usize,
     scratch: &'a mut Scratch<'s>,
 }
 
-impl<const W: usize> FloatOp for Weigh<'_, '_, W> {
+impl<const V: usize> WideningOp for Weigh<'_, '_, V> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
-        self.unit.weigh::<W>(self.start, self.scratch);
+    fn call(self, widen: impl Widen) {
+        self.unit.weigh::<V>(self.start, self.scratch, widen);
     }
 }
 
