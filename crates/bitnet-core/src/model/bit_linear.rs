@@ -7,6 +7,9 @@ use crate::{
     threads::SharedColumns,
 };
 
+/// Products that are added while they are near: a quarter of a second-level cache.
+const NEAR_VALUES: usize = 1 << 16;
+
 /// `outputs[i] = weights[i](x)` for `(weights, outputs)` pairs that share their input, in one phase.
 /// `x: [num_rows, cols]`, `outputs[i]: [num_rows, weights[i].rows()]`
 pub(super) fn project<const N: usize>(
@@ -43,13 +46,17 @@ pub(super) fn project_and_add(
     let (kernel, num_rows) = (phases.kernel, phases.num_rows);
     let projected = SharedColumns::new(projected, w.rows(), ROW_TILE);
     let residual = SharedColumns::new(residual, w.rows(), ROW_TILE);
+    // What is added is still in the second-level cache.
+    let tiles_at_once = (NEAR_VALUES / (num_rows * ROW_TILE)).max(1);
     phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(num_rows), &|tiles| {
-        let rows = rows_of_tiles(tiles, w.rows());
-        let (mut projected, mut residual) = (projected.claim(rows.clone()), residual.claim(rows.clone()));
-        kernel.multiply(&w.slice(rows), &x, &mut projected);
-        for row in 0..num_rows {
-            for (sum, term) in residual.row_mut(row).iter_mut().zip(projected.row_mut(row)) {
-                *sum += *term;
+        for first in tiles.clone().step_by(tiles_at_once) {
+            let rows = rows_of_tiles(first..tiles.end.min(first + tiles_at_once), w.rows());
+            let (mut projected, mut residual) = (projected.claim(rows.clone()), residual.claim(rows.clone()));
+            kernel.multiply(&w.slice(rows), &x, &mut projected);
+            for row in 0..num_rows {
+                for (sum, term) in residual.row_mut(row).iter_mut().zip(projected.row_mut(row)) {
+                    *sum += *term;
+                }
             }
         }
     });

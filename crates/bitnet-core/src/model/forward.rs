@@ -58,7 +58,7 @@ impl Model {
     /// # Panics
     /// When `kv` or `workspace` were made for another model.
     pub fn forward(&self, batch: &Batch, kv: &mut KvCache, workspace: &mut Workspace) {
-        self.run(batch, kv, workspace, &|| true, &mut |_, _, _| {});
+        self.run(batch, kv, workspace, &|| true, None);
     }
 
     /// [`Model::forward`] as long as `is_wanted`, which is asked before each layer. When it is not, false: then no row has
@@ -73,7 +73,7 @@ impl Model {
         workspace: &mut Workspace,
         is_wanted: &dyn Fn() -> bool,
     ) -> bool {
-        self.run(batch, kv, workspace, is_wanted, &mut |_, _, _| {})
+        self.run(batch, kv, workspace, is_wanted, None)
     }
 
     /// [`Model::forward`], showing `trace` the values of every module on the way.
@@ -81,7 +81,7 @@ impl Model {
     /// # Panics
     /// When `kv` or `workspace` were made for another model.
     pub fn forward_traced(&self, batch: &Batch, kv: &mut KvCache, workspace: &mut Workspace, trace: &mut Trace<'_>) {
-        self.run(batch, kv, workspace, &|| true, trace);
+        self.run(batch, kv, workspace, &|| true, Some(trace));
     }
 
     fn run(
@@ -90,8 +90,14 @@ impl Model {
         kv: &mut KvCache,
         workspace: &mut Workspace,
         is_wanted: &dyn Fn() -> bool,
-        trace: &mut Trace<'_>,
+        mut trace: Option<&mut Trace<'_>>,
     ) -> bool {
+        let is_traced = trace.is_some();
+        let mut trace = |point, layer, values: &[f32]| {
+            if let Some(trace) = &mut trace {
+                trace(point, layer, values);
+            }
+        };
         let num_rows = batch.rows().len();
         assert!(workspace.fits(self) && kv.geometry().fits(&self.config), "made for another model");
         assert!(
@@ -129,7 +135,7 @@ impl Model {
                 return false;
             }
             // x += o(sub_norm(attention(rope(q(n)), rope(k(n)), v(n)))), n = norm(x)
-            normalize(phases, norm(&layer.attn_norm), x, normed, quantized);
+            normalize(phases, norm(&layer.attn_norm), x, normed, is_traced, quantized);
             let n = quantized.view(num_rows, hidden_size);
             project(phases, n, [(&layer.q, &mut *q), (&layer.k, &mut *k), (&layer.v, &mut *v)]);
             trace(TracePoint::AttnNorm, index, normed);
@@ -148,7 +154,7 @@ impl Model {
             trace(TracePoint::AttnOutput, index, projected);
 
             // x += down(sub_norm(activation(gate(n)) * up(n))), n = norm(x)
-            normalize(phases, norm(&layer.ffn_norm), x, normed, quantized);
+            normalize(phases, norm(&layer.ffn_norm), x, normed, is_traced, quantized);
             let channels_kept = layer.gate.rows();
             let (gate, up) = (&mut gate[..num_rows * channels_kept], &mut up[..num_rows * channels_kept]);
             let sub_norm = layer.ffn_sub_norm.as_deref().map(|w| RmsNorm { count: intermediate_size, ..norm(w) });

@@ -46,12 +46,14 @@ impl<'a> RmsNorm<'a> {
     }
 }
 
-/// `normed = norm(x)`, and its codes into `quantized`. All are `[num_rows, width]`.
+/// The codes of `norm(x)` into `quantized`. All are `[num_rows, width]`. What has codes is of no more use: unless `is_kept`,
+/// every worker writes its rows of `normed` to one place, for all of them would go through memory.
 pub(super) fn normalize(
     phases: &mut Phases<'_>,
     norm: RmsNorm<'_>,
     x: &[f32],
     normed: &mut [f32],
+    is_kept: bool,
     quantized: &mut ActivationBuffer,
 ) {
     let width = norm.weight.len();
@@ -59,7 +61,9 @@ pub(super) fn normalize(
     let normed = SharedRows::new(normed, width);
     phases.over_rows(&|rows| {
         let x = &x[rows.start * width..rows.end * width];
-        isa.run(Normalize { norm, x, normed: normed.claim(rows.clone()), quantized: shared.claim(rows) });
+        let num_kept = if is_kept { rows.len() } else { 1 };
+        let normed = normed.claim(rows.start..rows.start + num_kept.min(rows.len()));
+        isa.run(Normalize { norm, x, normed, quantized: shared.claim(rows) });
     });
 }
 
@@ -81,6 +85,7 @@ pub(super) fn normalize_in_place(
 struct Normalize<'a> {
     norm: RmsNorm<'a>,
     x: &'a [f32],
+    /// All rows, or one.
     normed: &'a mut [f32],
     quantized: ActivationRows<'a>,
 }
@@ -91,9 +96,11 @@ impl FloatOp for Normalize<'_> {
     #[inline(always)]
     fn call(mut self) {
         let width = self.norm.weight.len();
-        for (row, (x, out)) in self.x.chunks_exact(width).zip(self.normed.chunks_exact_mut(width)).enumerate() {
-            self.norm.apply(x, out);
-            self.quantized.quantize_row(row, out);
+        let num_kept = self.normed.len() / width;
+        for (row, x) in self.x.chunks_exact(width).enumerate() {
+            let normed = &mut self.normed[row % num_kept * width..][..width];
+            self.norm.apply(x, normed);
+            self.quantized.quantize_row(row, normed);
         }
     }
 }

@@ -10,7 +10,12 @@ mod avx512_vnni;
 mod avx_vnni;
 mod tiles_256;
 
-use std::{cell::Cell, ops::RangeInclusive};
+use std::{
+    arch::x86_64::{__m128i, _mm_unpackhi_epi32, _mm_unpackhi_epi64, _mm_unpacklo_epi32, _mm_unpacklo_epi64},
+    cell::Cell,
+    mem::transmute,
+    ops::RangeInclusive,
+};
 
 use ahead::Ahead;
 
@@ -227,39 +232,54 @@ fn interleave<'a>(block_rows: usize, cols: usize, codes: impl Fn(usize) -> &'a [
     for (block, first) in interleaved.chunks_mut(block_rows * cols).zip((0..).step_by(block_rows)) {
         let rows = block.len() / cols;
         let words = block.as_chunks_mut::<4>().0;
-        let row_words = |row: usize| codes(first + row)[..cols].as_chunks::<4>().0;
         for row in (0..rows).step_by(4) {
-            match rows - row {
-                1 => interleave_rows([row_words(row)], row, rows, words),
-                2 => interleave_rows([row_words(row), row_words(row + 1)], row, rows, words),
-                3 => interleave_rows([row_words(row), row_words(row + 1), row_words(row + 2)], row, rows, words),
-                _ => interleave_rows([0, 1, 2, 3].map(|i| row_words(row + i)), row, rows, words),
+            let row_words = |i: usize| codes(first + row + i)[..cols].as_chunks::<4>().0;
+            if rows - row >= 4 {
+                interleave_four([row_words(0), row_words(1), row_words(2), row_words(3)], row, rows, words);
+            } else {
+                for i in 0..rows - row {
+                    for (column, word) in row_words(i).iter().enumerate() {
+                        words[column * rows + row + i] = *word;
+                    }
+                }
             }
         }
     }
 }
 
-/// `words[column][row + i] = codes[i][column]`: a few rows and columns at once, which the compiler makes a transposition in
-/// registers of.
+/// `words[column][row + i] = codes[i][column]`
 #[inline(always)]
-fn interleave_rows<const N: usize>(codes: [&[[i8; 4]]; N], row: usize, block_rows: usize, words: &mut [[i8; 4]]) {
-    const COLUMNS: usize = 4;
-    let whole = words.len() / block_rows / COLUMNS * COLUMNS;
-    for column in (0..whole).step_by(COLUMNS) {
-        let columns: [&[[i8; 4]; COLUMNS]; N] =
-            codes.map(|codes| codes[column..].first_chunk().expect("the columns of every row"));
-        for i in 0..COLUMNS {
-            let words: &mut [[i8; 4]; N] =
-                words[(column + i) * block_rows + row..].first_chunk_mut().expect("a block of whole rows");
-            for (word, columns) in words.iter_mut().zip(columns) {
-                *word = columns[i];
-            }
+fn interleave_four(codes: [&[[i8; 4]]; 4], row: usize, block_rows: usize, words: &mut [[i8; 4]]) {
+    let mut columns = words.chunks_exact_mut(block_rows);
+    let [a, b, c, d] = codes;
+    let fours = a.as_chunks().0.iter().zip(b.as_chunks().0).zip(c.as_chunks().0.iter().zip(d.as_chunks().0));
+    for ((a, b), (c, d)) in fours {
+        for (words, column) in transpose([a, b, c, d]).iter().zip(&mut columns) {
+            column[row..][..4].copy_from_slice(words);
         }
     }
-    for column in whole..words.len() / block_rows {
-        for (word, codes) in words[column * block_rows + row..].iter_mut().zip(codes) {
-            *word = codes[column];
+    for (column, index) in columns.zip(a.len() / 4 * 4..) {
+        for (word, codes) in column[row..].iter_mut().zip(codes) {
+            *word = codes[index];
         }
+    }
+}
+
+/// `[column][row]` of four words of each of four rows.
+#[inline(always)]
+#[allow(unsafe_code)]
+fn transpose([a, b, c, d]: [&[[i8; 4]; 4]; 4]) -> [[[i8; 4]; 4]; 4] {
+    // SAFETY: 16 bytes are a vector and a vector is 16 bytes, whatever their bits; SSE2 is part of x86-64.
+    unsafe {
+        let [a, b, c, d] = transmute::<[[[i8; 4]; 4]; 4], [__m128i; 4]>([*a, *b, *c, *d]);
+        let [ab_low, ab_high] = [_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)];
+        let [cd_low, cd_high] = [_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d)];
+        transmute::<[__m128i; 4], [[[i8; 4]; 4]; 4]>([
+            _mm_unpacklo_epi64(ab_low, cd_low),
+            _mm_unpackhi_epi64(ab_low, cd_low),
+            _mm_unpacklo_epi64(ab_high, cd_high),
+            _mm_unpackhi_epi64(ab_high, cd_high),
+        ])
     }
 }
 
