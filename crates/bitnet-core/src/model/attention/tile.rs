@@ -23,7 +23,7 @@ type Vectors<const V: usize> = [[f32; LANES]; V];
 /// Halves as they are stored.
 type Run = [[u8; 2]; RUN];
 
-/// Calls `$function::<N, W>` with the constant `N` that equals `$n`.
+/// Calls `$function::<N, V>` with the constant `N` that equals `$n`.
 macro_rules! by_queries {
     ($n:expr, $function:ident::<N, $v:ident> $arguments:tt) => {
         match $n {
