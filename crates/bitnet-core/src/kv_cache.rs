@@ -11,8 +11,6 @@ mod element;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
-
 use element::{Code, Encode, Half, Single};
 use memmap2::{MmapMut, MmapOptions};
 
@@ -26,12 +24,6 @@ use crate::{
 
 /// Positions in one block.
 pub const BLOCK_TOKENS: usize = 16;
-
-/// Parts a tile is decoded in.
-const DECODE_PARTS: usize = 8;
-
-/// What memory is asked for in.
-pub(crate) type CacheLine = [u8; 64];
 
 /// Bytes of a block from which the cache asks for huge pages: a quarter of one.
 #[cfg(target_os = "linux")]
@@ -47,17 +39,6 @@ pub enum KvDtype {
     F16,
     /// Bytes and a scale for each position and head, by the rule of activations: half the memory of F16, and other results.
     Int8,
-}
-
-impl KvDtype {
-    /// Of an element.
-    const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => size_of::<f32>(),
-            Self::F16 => size_of::<u16>(),
-            Self::Int8 => size_of::<i8>(),
-        }
-    }
 }
 
 /// Storage of `num_blocks` blocks. Pages are zero and untouched until written.
@@ -254,47 +235,31 @@ pub(crate) struct KvTile<'a> {
 }
 
 impl<'a> KvTile<'a> {
-    /// Decodes every 16 elements that lie side by side to the start of the next `stride` values of `out`. Asks for `ahead`
-    /// on the way, a few lines at a time: a CPU waits for some tens at once, and then with all else too.
+    /// Decodes every 16 elements that lie side by side to the start of the next `stride` values of `out`.
     #[inline(always)]
-    pub(crate) fn decode(&self, isa: Isa, out: &mut [f32], stride: usize, ahead: &[CacheLine]) {
-        let num_runs = self.codes.len() / (RUN * self.dtype.bytes());
-        for part in 0..DECODE_PARTS {
-            let share = |len: usize| len * part / DECODE_PARTS..len * (part + 1) / DECODE_PARTS;
-            ahead[share(ahead.len())].iter().for_each(|line| kernels::prefetch_line(line.as_ptr()));
-            let runs = share(num_runs);
-            if !runs.is_empty() {
-                let out = &mut out[runs.start * stride..];
-                self.decode_runs(runs, isa, out, stride);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn decode_runs(&self, runs: Range<usize>, isa: Isa, out: &mut [f32], stride: usize) {
-        let run_bytes = RUN * self.dtype.bytes();
-        let codes = &self.codes[runs.start * run_bytes..runs.end * run_bytes];
+    pub(crate) fn decode(&self, isa: Isa, out: &mut [f32], stride: usize) {
         match self.dtype {
             KvDtype::F32 => {
-                for (run, out) in codes.as_chunks().0.as_chunks::<RUN>().0.iter().zip(out.chunks_mut(stride)) {
+                for (run, out) in self.codes.as_chunks().0.as_chunks::<RUN>().0.iter().zip(out.chunks_mut(stride)) {
                     for (out, bytes) in out.iter_mut().zip(run) {
                         *out = f32::from_ne_bytes(*bytes);
                     }
                 }
             }
-            KvDtype::F16 => isa.widen_f16(codes.as_chunks().0, out, stride),
-            KvDtype::Int8 => self.decode_int8(codes.as_chunks().0, runs.start, out, stride),
+            KvDtype::F16 => isa.widen_f16(self.codes.as_chunks().0, out, stride),
+            KvDtype::Int8 => self.decode_int8(out, stride),
         }
     }
 
     #[inline(always)]
-    fn decode_int8(&self, runs: &[[u8; RUN]], first: usize, out: &mut [f32], stride: usize) {
+    fn decode_int8(&self, out: &mut [f32], stride: usize) {
         let mut scales = [0.0; BLOCK_TOKENS];
         for (scale, bytes) in scales.iter_mut().zip(self.scales.as_chunks().0) {
             *scale = f32::from_ne_bytes(*bytes);
         }
-        let runs_per_token = self.codes.len() / RUN / BLOCK_TOKENS;
-        for ((run, out), index) in runs.iter().zip(out.chunks_mut(stride)).zip(first..) {
+        let runs = self.codes.as_chunks::<RUN>().0;
+        let runs_per_token = runs.len() / BLOCK_TOKENS;
+        for (index, (run, out)) in runs.iter().zip(out.chunks_mut(stride)).enumerate() {
             let scales = match self.kind {
                 TileKind::Keys => scales,
                 TileKind::Values => [scales[index / runs_per_token]; RUN],
@@ -311,10 +276,10 @@ impl<'a> KvTile<'a> {
         (self.dtype == KvDtype::F16).then_some(self.codes.as_chunks().0.as_chunks().0)
     }
 
-    /// What it lies in.
+    /// Asks for all of it to come near.
     #[inline(always)]
-    pub(crate) fn lines(&self) -> &'a [CacheLine] {
-        self.codes.as_chunks().0
+    pub(crate) fn prefetch(&self) {
+        kernels::prefetch_all(self.codes);
     }
 }
 
@@ -344,7 +309,12 @@ impl Geometry {
     }
 
     fn code_bytes(&self) -> usize {
-        BLOCK_TOKENS * self.padded_head_dim() * self.dtype.bytes()
+        let element = match self.dtype {
+            KvDtype::F32 => size_of::<f32>(),
+            KvDtype::F16 => size_of::<u16>(),
+            KvDtype::Int8 => size_of::<i8>(),
+        };
+        BLOCK_TOKENS * self.padded_head_dim() * element
     }
 
     fn tile_bytes(&self) -> usize {

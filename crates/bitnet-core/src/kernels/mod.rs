@@ -260,6 +260,14 @@ pub(crate) fn prefetch_line(address: *const u8) {
     let _ = address;
 }
 
+/// [`prefetch_line`] of all of `bytes`.
+#[inline(always)]
+pub(crate) fn prefetch_all(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        prefetch_line(line.as_ptr());
+    }
+}
+
 /// What every kernel's pointer arithmetic relies on, checked once per product.
 fn check_gemv<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &[f32]) {
     assert!(kernel.layouts().contains(&w.layout()), "{} cannot read {}", kernel.name(), w.layout().name());

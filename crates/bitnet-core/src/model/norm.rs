@@ -61,9 +61,8 @@ pub(super) fn normalize(
     let normed = SharedRows::new(normed, width);
     phases.over_rows(&|rows| {
         let x = &x[rows.start * width..rows.end * width];
-        let num_kept = if is_kept { rows.len() } else { 1 };
-        let normed = normed.claim(rows.start..rows.start + num_kept.min(rows.len()));
-        isa.run(Normalize { norm, x, normed, quantized: shared.claim(rows) });
+        let kept = if is_kept { rows.clone() } else { rows.start..rows.end.min(rows.start + 1) };
+        isa.run(Normalize { norm, x, normed: normed.claim(kept), quantized: shared.claim(rows) });
     });
 }
 

@@ -75,11 +75,7 @@ impl<const V: usize> Rows<V> for Decoded<'_> {
 impl Values for Decoded<'_> {
     #[inline(always)]
     fn at(&self, position: usize, column: usize) -> Self {
-        let mut rows = self.rows.clone();
-        if position > 0 {
-            rows.nth(position - 1);
-        }
-        Self { rows, column }
+        Self { rows: from(position, &self.rows), column }
     }
 }
 
@@ -149,14 +145,20 @@ impl<H: Widen, const V: usize> Rows<V> for HalfValues<'_, H> {
 impl<H: Widen> Values for HalfValues<'_, H> {
     #[inline(always)]
     fn at(&self, position: usize, column: usize) -> Self {
-        let column = column / RUN;
-        let mut rows = self.rows.clone();
-        if position > 0 {
-            rows.nth(position - 1);
-        }
+        let (rows, column) = (from(position, &self.rows), column / RUN);
         let ahead = self.ahead.wrapping_add(position * self.runs_per_row + column);
         Self { rows, ahead, column, ..self.clone() }
     }
+}
+
+/// `rows` from `first` on.
+#[inline(always)]
+fn from<'a, T>(first: usize, rows: &ChunksExact<'a, T>) -> ChunksExact<'a, T> {
+    let mut rows = rows.clone();
+    if first > 0 {
+        rows.nth(first - 1);
+    }
+    rows
 }
 
 /// `scores[n][..16 V] = queries[n] . keys * scale`; `keys: [head_dim][16 V]`, rows of `scores` are a partition apart.

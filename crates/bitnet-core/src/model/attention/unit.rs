@@ -17,7 +17,8 @@ use crate::{
     threads::SharedRows,
 };
 
-/// Positions whose values are decoded together: long runs of additions to sums in registers, in half a first-level cache.
+/// Positions whose values are decoded together: long runs of additions to sums in registers, of columns that stay in the
+/// first-level cache.
 const VALUE_TILE: usize = 64;
 /// How many blocks ahead keys and values are asked for: those of one sequence are too far apart for the hardware to guess.
 const AHEAD_BLOCKS: usize = 4;
@@ -222,8 +223,10 @@ impl Unit<'_> {
             let stride = V * BLOCK_TOKENS;
             let tile = &mut scratch.tile[..self.head_dim * stride];
             for (column, index) in indices.into_iter().enumerate() {
-                let ahead = self.ahead_of_keys(index, blocks).map_or(&[][..], |tile| tile.lines());
-                self.keys(index).decode(self.isa, &mut tile[column * BLOCK_TOKENS..], stride, ahead);
+                if let Some(ahead) = self.ahead_of_keys(index, blocks) {
+                    ahead.prefetch();
+                }
+                self.keys(index).decode(self.isa, &mut tile[column * BLOCK_TOKENS..], stride);
             }
             self.score_rows::<V>(first, start, &Decoded::new(tile, stride), scratch.scores);
         }
@@ -282,8 +285,10 @@ impl Unit<'_> {
         for first in blocks.clone().step_by(VALUE_TILE / BLOCK_TOKENS) {
             let tile = first..blocks.end.min(first + VALUE_TILE / BLOCK_TOKENS);
             for (index, values) in tile.clone().zip(scratch.tile.chunks_exact_mut(BLOCK_TOKENS * stride)) {
-                let ahead = self.ahead_of_values(index, &blocks).map_or(&[][..], |tile| tile.lines());
-                self.values(index).decode(self.isa, values, LANES, ahead);
+                if let Some(ahead) = self.ahead_of_values(index, &blocks) {
+                    ahead.prefetch();
+                }
+                self.values(index).decode(self.isa, values, LANES);
             }
             let values = Decoded::new(scratch.tile, stride);
             self.weigh_tile::<V>(positions(&tile), start, &values, scratch.scores, scratch.partial);
@@ -302,7 +307,7 @@ impl Unit<'_> {
     ) {
         let padded = padded(self.head_dim);
         let whole_tiles = padded - padded % (V * LANES);
-        // Columns outermost: half a tile stays in the first-level cache.
+        // Columns outermost: fewer are in use at a time.
         for column in (0..whole_tiles).step_by(V * LANES) {
             self.weigh_columns::<V>(&positions, start, column, values, weights, partial);
         }
