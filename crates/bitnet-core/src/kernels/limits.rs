@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use super::{
     FloatOp, TernaryKernel,
     arena::{Arena, Piece, touch},
-    prefetch::Prefetch,
     prefetch_line,
 };
 use crate::threads::WorkerPool;
@@ -25,6 +24,8 @@ use crate::threads::WorkerPool;
 const READ_BYTES: usize = 512 << 20;
 /// The granularity of shares.
 const BLOCK_BYTES: usize = 4096;
+/// Bytes.
+const READ_AHEAD: usize = 8192;
 /// How long multiplications are timed in a sample, in nanoseconds: starting and ending a phase, a microsecond, does not show.
 const MULTIPLY_NANOS: u128 = 5_000_000;
 
@@ -77,15 +78,15 @@ impl Ruler {
     /// Measures both limits, reading with and without asking for what follows; takes some tens of milliseconds.
     pub fn sample(&self, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Limits {
         let isa = super::available().last().expect("the scalar kernel is always there").isa();
-        let mut read = |prefetch: Prefetch| {
+        let mut read = |asks_ahead| {
             seconds_of(|| {
                 pool.run(&|worker| {
                     let bytes = &self.memory[worker.share(READ_BYTES, BLOCK_BYTES)];
-                    std::hint::black_box(isa.run(Sum { bytes, ahead: prefetch.bytes(1) }));
+                    std::hint::black_box(isa.run(Sum { bytes, asks_ahead }));
                 });
             })
         };
-        let read_seconds = Prefetch::ALL.map(&mut read).into_iter().fold(f64::INFINITY, f64::min);
+        let read_seconds = [true, false].map(&mut read).into_iter().fold(f64::INFINITY, f64::min);
         let macs = kernel.multiply_registers(1) * u64::from(self.rounds) * pool.num_threads() as u64;
         let multiply_seconds = seconds_of(|| {
             pool.run(&|_| {
@@ -103,10 +104,11 @@ pub(super) fn seconds_of(task: impl FnOnce()) -> f64 {
     start.elapsed().max(Duration::from_nanos(1)).as_secs_f64()
 }
 
-/// Reads a slice once and asks for what follows in `ahead` bytes, 0 for nothing.
+/// Reads a slice once, and may ask for what is [`READ_AHEAD`] on. (Kernels ask for lines of four runs by turns, which
+/// is no faster where nothing but reading is done.)
 struct Sum<'a> {
     bytes: &'a [u8],
-    ahead: usize,
+    asks_ahead: bool,
 }
 
 impl FloatOp for Sum<'_> {
@@ -116,9 +118,9 @@ impl FloatOp for Sum<'_> {
     fn call(self) -> u64 {
         let mut lanes = [0_u64; 32];
         for chunk in self.bytes.as_chunks::<256>().0 {
-            if self.ahead > 0 {
+            if self.asks_ahead {
                 for line in 0..4 {
-                    prefetch_line(chunk.as_ptr().wrapping_add(self.ahead + 64 * line));
+                    prefetch_line(chunk.as_ptr().wrapping_add(READ_AHEAD + 64 * line));
                 }
             }
             for (lane, bytes) in lanes.iter_mut().zip(chunk.as_chunks().0) {

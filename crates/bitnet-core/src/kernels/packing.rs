@@ -247,9 +247,9 @@ impl<'a> PackedRows<'a> {
         self.layout
     }
 
-    /// How far ahead a product of `num_tokens` asks for codes, in bytes; 0 for not at all.
-    pub(super) fn ahead(&self, num_tokens: usize) -> usize {
-        self.prefetch.bytes(num_tokens)
+    /// Whether a product of `num_tokens` asks for the next panel.
+    pub(super) fn asks_ahead(&self, num_tokens: usize) -> bool {
+        self.prefetch.asks_ahead(num_tokens)
     }
 
     /// The packed bytes of each panel of 32 rows, in order: [`PackedLayout::panel_bytes`] of them, aligned to 64.

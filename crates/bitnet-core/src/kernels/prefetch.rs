@@ -10,7 +10,7 @@ use super::{Isa, TernaryKernel, packing::PackedLayout};
 pub enum Prefetch {
     /// The hardware, by itself, where there is one token.
     Hardware,
-    /// The kernel, which asks for what it will read 8 KiB later, or, where it passes over a panel several times, after the panel.
+    /// The kernel, which asks for the next panel while it multiplies one.
     #[default]
     Software,
 }
@@ -19,12 +19,9 @@ impl Prefetch {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Software, Self::Hardware];
 
-    /// How far ahead a product of `num_tokens` asks, 0 for not at all.
-    pub(super) const fn bytes(self, num_tokens: usize) -> usize {
-        match self {
-            Self::Hardware if num_tokens == 1 => 0,
-            Self::Hardware | Self::Software => 8192,
-        }
+    /// Whether a product of `num_tokens` asks.
+    pub(super) const fn asks_ahead(self, num_tokens: usize) -> bool {
+        matches!(self, Self::Software) || num_tokens > 1
     }
 }
 

@@ -159,9 +159,9 @@ impl<'a> ScreenRows<'a> {
         self.cols
     }
 
-    /// How far ahead a product of `num_tokens` asks for codes, in bytes; 0 for not at all.
-    pub(super) fn ahead(&self, num_tokens: usize) -> usize {
-        self.prefetch.bytes(num_tokens)
+    /// Whether a product of `num_tokens` asks for the next panel.
+    pub(super) fn asks_ahead(&self, num_tokens: usize) -> bool {
+        self.prefetch.asks_ahead(num_tokens)
     }
 
     /// The codes of each panel and what is known of its rows.

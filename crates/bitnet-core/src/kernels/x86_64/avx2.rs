@@ -7,10 +7,10 @@
 use std::arch::{
     asm,
     x86_64::{
-        __m256i, _MM_HINT_T1, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256,
-        _mm256_cvtepi8_epi16, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64,
-        _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256,
-        _mm256_srai_epi32, _mm256_srli_epi16,
+        __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_cvtepi8_epi16,
+        _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64, _mm256_set1_epi8,
+        _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_srai_epi32,
+        _mm256_srli_epi16,
     },
 };
 
@@ -116,10 +116,14 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        let multiply = |panel: &[u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, ahead, block, sums));
-        });
+        };
+        let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
+            unpack(panel, unpacked);
+            multiply(unpacked, ahead, block, sums);
+        };
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), multiply);
     }
 }
 
@@ -142,13 +146,13 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 #[target_feature(enable = "avx2")]
 fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
-    let ahead = ahead.over(num_tiles);
+    let ahead = ahead.in_runs(num_tiles);
     let (mask, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi16(1));
     let mut wide = [[_mm256_setzero_si256(); 4]; N];
     for first in (0..num_tiles).step_by(FLUSH_TILES) {
         let mut narrow = [[_mm256_setzero_si256(); 4]; N];
         for tile in first..num_tiles.min(first + FLUSH_TILES) {
-            ahead.prefetch::<2, _MM_HINT_T1>(tile);
+            ahead.prefetch::<2>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
             for plane in 0..4 {
@@ -185,12 +189,12 @@ fn unpacked_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: 
     let num_steps = num_tiles(panel, block, 1, N);
     let ones = _mm256_set1_epi16(1);
     for first_quarter in [0, 2] {
-        let ahead = ahead.part(first_quarter / 2, 2).over(num_steps);
+        let ahead = ahead.part(first_quarter / 2, 2).in_order(num_steps);
         let mut wide = [[_mm256_setzero_si256(); 2]; N];
         for first in (0..num_steps).step_by(4 * FLUSH_TILES) {
             let mut narrow = [[_mm256_setzero_si256(); 2]; N];
             for step in first..num_steps.min(first + 4 * FLUSH_TILES) {
-                ahead.prefetch::<1, _MM_HINT_T1>(step);
+                ahead.prefetch::<1>(step);
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [_; 2] = unsafe { load(panel, step, first_quarter) };
                 for (token, narrow) in narrow.iter_mut().enumerate() {
@@ -237,13 +241,13 @@ fn screen_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block
     let num_steps = num_tiles(panel, block, 1, 2 * N);
     out.fill([0; ROW_TILE]);
     for first_quarter in (0..4).step_by(Q) {
-        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_steps);
+        let ahead = ahead.part(first_quarter / Q, 4 / Q);
         for first in (0..num_steps).step_by(SCREEN_FLUSH_STEPS) {
             let mut sums = [[[_mm256_setzero_si256(); 2]; Q]; N];
             for step in first..num_steps.min(first + SCREEN_FLUSH_STEPS) {
                 // SAFETY: the step's 128 bytes lie inside the panel.
                 let weights: [[_; 2]; Q] = unsafe { load_wide(panel, step, first_quarter) };
-                prefetch_quarters::<Q>(ahead, step);
+                prefetch_quarters::<Q>(ahead, num_steps, step);
                 for (token, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: 8 bytes a step and token, checked by `num_tiles`.
                     let x = unsafe { broadcast_four(block, step * N + token) };

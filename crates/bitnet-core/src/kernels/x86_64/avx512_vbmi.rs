@@ -22,10 +22,6 @@ use crate::{
     threads::ColumnsMut,
 };
 
-/// From here on three blocks share the work of unpacking a panel, which two better do beside their multiplications: for 16
-/// tokens unpacking took 6 % longer on an Emerald Rapids core.
-const UNPACK_FROM: usize = 2 * BLOCK + 1;
-
 /// The digit of each plane by the number it is in: the first three planes are in a number below 27, the last two in one
 /// below 9, whose tables are repeated for each 16 bytes of a vector.
 static DIGITS: [[u8; 64]; 5] = [digits(9, 64), digits(3, 64), digits(1, 64), digits(3, 16), digits(1, 16)];
@@ -38,13 +34,15 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    if x.num_tokens() < UNPACK_FROM {
+    let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
+        by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
+    };
+    if x.num_tokens() <= BLOCK {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| match sums.len() {
             1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums)),
-            _ => by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_pipelined::<N>(panel, ahead, block, sums)),
+            _ => unpack(panel, UnpackedTile([0; 5 * TILE_BYTES]).0.as_mut_slice(), ahead, block, sums),
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
         gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
@@ -57,12 +55,11 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
 /// ```
 /// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
 /// 2. Few tokens have several sets of sums, one a plane in turn, or they would wait for each other.
-/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
-///    panel into the next.
+/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) the next panel is asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 5, N);
-    let ahead = ahead.over(num_tiles);
+    let ahead = ahead.in_runs(num_tiles);
     let decoder = Decoder::new();
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 5];
     for tile in 0..num_tiles {
@@ -92,57 +89,67 @@ const fn num_sets(n: usize) -> usize {
 
 /// The same product with a tile unpacked while the one before is multiplied: with this many sums, multiplications that wait
 /// for their codes fill the queues of the processor, and those it could do meanwhile find no place.
+///
+/// `unpacked` is the place of one tile, or of all: then it leaves the codes of the panel as `[columns / 4, 32 rows, 4]` bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn panel_gemm_pipelined<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm_and_unpack<const N: usize>(
+    panel: &[u8],
+    unpacked: &mut [u8],
+    ahead: Ahead,
+    block: &[i8],
+    out: &mut [PanelSums],
+) {
     let num_tiles = num_tiles(panel, block, 5, N);
-    let ahead = ahead.over(num_tiles);
+    let ahead = ahead.in_runs(num_tiles);
     let decoder = Decoder::new();
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
-    let mut codes = UnpackedTile([[0; TILE_BYTES]; 5]);
+    let unpacked = unpacked.as_chunks_mut().0;
     // By a call that is not inlined, so that the codes stay in memory: registers are for the sums.
-    unpack(&panel[..TILE_BYTES], codes.0.as_flattened_mut());
+    unpack_tile(&panel[..TILE_BYTES], &mut unpacked[0]);
+    let stride = if unpacked.len() == 1 { 0 } else { 1 };
+    assert!(unpacked.len() > stride * (num_tiles - 1), "tiles of an unpacked panel");
+    let unpacked = unpacked.as_mut_ptr();
     for tile in 0..num_tiles {
         // After the last tile nothing follows: it is unpacked again.
         let next = (tile + 1).min(num_tiles - 1);
         // SAFETY: the tile's 128 bytes lie inside the panel.
         let numbers = unsafe { load_tile(panel, ahead, next) }.map(|half| decoder.numbers(half));
-        let [first, second, third, fourth, fifth] = &mut codes.0;
-        // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
+        // SAFETY: 20 codes a tile and token, checked by `num_tiles`; the places of tiles by the assertion.
         unsafe {
-            let block = block.as_ptr().add(20 * N * tile);
-            decoder.multiply_and_unpack::<N, 0>(first, block, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 1>(second, block, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 2>(third, block, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 3>(fourth, block, &mut sums, &numbers);
-            decoder.multiply_and_unpack::<N, 4>(fifth, block, &mut sums, &numbers);
+            let (block, tile) = (block.as_ptr().add(20 * N * tile), unpacked.add(stride * tile));
+            let next = unpacked.add(stride * next);
+            decoder.multiply_and_unpack::<N, 0>(tile, block, &mut sums, &numbers, next);
+            decoder.multiply_and_unpack::<N, 1>(tile, block, &mut sums, &numbers, next);
+            decoder.multiply_and_unpack::<N, 2>(tile, block, &mut sums, &numbers, next);
+            decoder.multiply_and_unpack::<N, 3>(tile, block, &mut sums, &numbers, next);
+            decoder.multiply_and_unpack::<N, 4>(tile, block, &mut sums, &numbers, next);
         }
     }
     write_sums(&[sums], out);
 }
 
 /// The codes of a tile as bytes, plane by plane.
-#[repr(align(64))]
-struct UnpackedTile([[u8; TILE_BYTES]; 5]);
+type TileCodes = [u8; 5 * TILE_BYTES];
 
-/// Codes of 1.6 bits as bytes: `[columns / 4, 32 rows, 4]`.
+/// The place of one tile.
+#[repr(align(64))]
+struct UnpackedTile(TileCodes);
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 #[inline(never)]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn unpack_tile(tile: &[u8], unpacked: &mut TileCodes) {
     let decoder = Decoder::new();
-    let tiles = unpacked.as_chunks_mut::<{ 5 * TILE_BYTES }>().0;
-    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
-    for (tile, unpacked) in tiles.iter_mut().enumerate() {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load(panel, tile) }.map(|half| decoder.numbers(half));
-        let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
-            unreachable!("a tile has five planes");
-        };
-        store_bytes(decoder.plane::<0>(&numbers), first);
-        store_bytes(decoder.plane::<1>(&numbers), second);
-        store_bytes(decoder.plane::<2>(&numbers), third);
-        store_bytes(decoder.plane::<3>(&numbers), fourth);
-        store_bytes(decoder.plane::<4>(&numbers), fifth);
-    }
+    assert_eq!(tile.len(), TILE_BYTES, "a tile");
+    // SAFETY: the assertion.
+    let numbers = unsafe { load(tile, 0) }.map(|half| decoder.numbers(half));
+    let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
+        unreachable!("a tile has five planes");
+    };
+    store_bytes(decoder.plane::<0>(&numbers), first);
+    store_bytes(decoder.plane::<1>(&numbers), second);
+    store_bytes(decoder.plane::<2>(&numbers), third);
+    store_bytes(decoder.plane::<3>(&numbers), fourth);
+    store_bytes(decoder.plane::<4>(&numbers), fifth);
 }
 
 /// The constants of the way from bytes to codes. Its methods are always inlined, which the compiler grants only to functions
@@ -191,22 +198,23 @@ impl Decoder {
         }
     }
 
-    /// Multiplies plane `P` of a tile, `codes`, and puts the codes of `numbers` in its place.
+    /// Multiplies plane `P` of `tile`, and puts the codes of `numbers` into that of `next`.
     ///
     /// # Safety
-    /// `block` must hold the codes of the step.
+    /// `block` must hold the codes of the step; `tile` and `next`, which may be one, must be places of tiles.
     #[inline(always)]
     unsafe fn multiply_and_unpack<const N: usize, const P: usize>(
         &self,
-        codes: &mut [u8; TILE_BYTES],
+        tile: *const TileCodes,
         block: *const i8,
         sums: &mut [[__m512i; 2]; N],
         numbers: &[Numbers; 2],
+        next: *mut TileCodes,
     ) {
-        // SAFETY: the CPU as in `numbers`; 128 bytes are one tile; the block by the caller's promise.
+        // SAFETY: the CPU as in `numbers`; the rest by the caller's promise, with one reference at a time.
         unsafe {
-            multiply_step::<N, P, false>(load(codes, 0), block, sums);
-            store_bytes(self.plane::<P>(numbers), codes);
+            multiply_step::<N, P, false>(load(&*tile, P), block, sums);
+            store_bytes(self.plane::<P>(numbers), &mut *next.cast::<[u8; TILE_BYTES]>().add(P));
         }
     }
 

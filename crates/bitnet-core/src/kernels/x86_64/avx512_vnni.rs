@@ -8,16 +8,15 @@
 use std::{
     arch::asm,
     arch::x86_64::{
-        __m512i, _MM_HINT_T1, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
-        _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16,
-        _mm512_storeu_si512,
+        __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi8,
+        _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_storeu_si512,
     },
     ops::Range,
 };
 
 use super::{
     PanelSums,
-    ahead::{Ahead, Lines},
+    ahead::{Ahead, Lines, RUNS},
     avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
 };
 use crate::{
@@ -33,10 +32,6 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 12 accumulators leave eight registers for weights, masks and activations.
 pub(super) const BLOCK: usize = 12;
-
-/// From here on three blocks share the work of unpacking a panel: for 16 tokens, two blocks, it took a fifth longer on an
-/// Emerald Rapids core than unpacking as they multiply.
-const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -141,12 +136,15 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-    if x.num_tokens() < UNPACK_FROM {
+    if x.num_tokens() <= BLOCK {
         gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
+        // Blocks of equal size are no smaller when there are two or more.
+        let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
+            by_tokens!(sums.len(), [7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
+        };
         gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
@@ -167,12 +165,11 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsM
 /// 1. The planes are written out one by one: in a loop the compiler keeps the sums in memory.
 /// 2. Few tokens have several sets of sums. Codes of as many planes are multiplied where they lie in their bytes, times 1, 4, 16
 ///    and 64, and only the sums are shifted; and one set of them would wait for itself.
-/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) weights are asked for `ahead`, across the end of the
-///    panel into the next.
+/// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) the next panel is asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
-    let ahead = ahead.over(num_tiles);
+    let ahead = ahead.in_runs(num_tiles);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
@@ -215,23 +212,53 @@ unsafe fn multiply_plane<const N: usize, const P: usize>(
     unsafe { multiply_step::<N, P, false>(codes, block, &mut sums[set]) };
 }
 
-/// Codes of 2 bits as bytes: `[columns / 4, 32 rows, 4]`.
+/// [`panel_gemm`] of a block that is followed by others, for which it leaves the codes as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpack(panel: &[u8], unpacked: &mut [u8]) {
+fn panel_gemm_and_unpack<const N: usize>(
+    panel: &[u8],
+    unpacked: &mut [u8],
+    ahead: Ahead,
+    block: &[i8],
+    out: &mut [PanelSums],
+) {
+    let num_tiles = num_tiles(panel, block, 4, N);
+    let ahead = ahead.in_order(num_tiles);
     let mask = _mm512_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
-    assert_eq!(tiles.len(), panel.len() / TILE_BYTES, "tiles of an unpacked panel");
+    assert_eq!(tiles.len(), num_tiles, "tiles of an unpacked panel");
+    let mut sums = [[_mm512_setzero_si512(); 2]; N];
     for (tile, unpacked) in tiles.iter_mut().enumerate() {
-        // SAFETY: the tile's 128 bytes lie inside the panel.
-        let halves = unsafe { load(panel, tile) };
+        ahead.prefetch::<1>(tile);
         let [first, second, third, fourth] = unpacked.as_chunks_mut().0 else {
             unreachable!("a tile has four planes");
         };
-        store_bytes(plane::<0>(halves, mask), first);
-        store_bytes(plane::<2>(halves, mask), second);
-        store_bytes(plane::<4>(halves, mask), third);
-        store_bytes(plane::<6>(halves, mask), fourth);
+        // SAFETY: the tile's 128 bytes lie inside the panel, and there are 16 codes a tile and token, checked by `num_tiles`.
+        unsafe {
+            let (halves, block) = (load(panel, tile), block.as_ptr().add(16 * N * tile));
+            multiply_and_store::<N, 0>(plane::<0>(halves, mask), block, &mut sums, first);
+            multiply_and_store::<N, 1>(plane::<2>(halves, mask), block, &mut sums, second);
+            multiply_and_store::<N, 2>(plane::<4>(halves, mask), block, &mut sums, third);
+            multiply_and_store::<N, 3>(plane::<6>(halves, mask), block, &mut sums, fourth);
+        }
     }
+    write_sums(&[sums], out);
+}
+
+/// [`multiply_step`], and the codes into `out`.
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn multiply_and_store<const N: usize, const P: usize>(
+    codes: [__m512i; 2],
+    block: *const i8,
+    sums: &mut [[__m512i; 2]; N],
+    out: &mut [u8; TILE_BYTES],
+) {
+    store_bytes(codes, out);
+    // SAFETY: the caller's promise.
+    unsafe { multiply_step::<N, P, false>(codes, block, sums) };
 }
 
 /// The codes at the bits of `mask`, after a shift by `SHIFT`.
@@ -254,16 +281,16 @@ pub(super) fn multiply_unpacked(panel: &[u8], ahead: Ahead, block: &[i8], sums: 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
-    let ahead = ahead.over(num_steps.div_ceil(2));
+    let num_pairs = num_steps.div_ceil(2);
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     // SAFETY: 128 bytes, and 4 codes a token, for each of the steps: checked by `num_tiles`.
     unsafe {
         for pair in 0..num_steps / 2 {
             // Weights of a screen are as long in memory as here, packed ones a quarter.
             if SCREEN {
-                ahead.prefetch::<4, _MM_HINT_T1>(pair);
+                ahead.in_runs(num_pairs).prefetch::<4>(pair);
             } else {
-                ahead.prefetch::<1, _MM_HINT_T1>(pair);
+                ahead.in_order(num_pairs).prefetch::<1>(pair);
             }
             let block = block.as_ptr().add(8 * N * pair);
             multiply_step::<N, 0, SCREEN>(load(panel, 2 * pair), block, &mut sums);
@@ -339,8 +366,8 @@ unsafe fn multiply_token<const N: usize, const STEP: usize, const TOKEN: usize, 
 /// The tile must lie inside `panel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-pub(super) unsafe fn load_tile(panel: &[u8], ahead: Lines, tile: usize) -> [__m512i; 2] {
-    ahead.prefetch::<2, _MM_HINT_T1>(tile);
+pub(super) unsafe fn load_tile(panel: &[u8], ahead: Lines<RUNS>, tile: usize) -> [__m512i; 2] {
+    ahead.prefetch::<2>(tile);
     // SAFETY: the caller's promise.
     unsafe { load(panel, tile) }
 }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256,
+    _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256,
     _mm256_srli_epi16,
 };
 
@@ -106,10 +106,14 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             _ => panel_gemm::<BLOCK, 2>(panel, ahead, block, sums),
         });
     } else {
-        let unpack = |panel: &[u8], unpacked: &mut [u8]| unpack(panel, unpacked);
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        let multiply = |panel: &[u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [1 2 3 4 5 6], multiply_unpacked::<N>(panel, ahead, block, sums));
-        });
+        };
+        let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
+            unpack(panel, unpacked);
+            multiply(unpacked, ahead, block, sums);
+        };
+        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), multiply);
     }
 }
 
@@ -132,10 +136,10 @@ fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block:
     let num_tiles = num_tiles(panel, block, 4, N);
     let mask = _mm256_set1_epi8(3);
     for first_quarter in (0..4).step_by(Q) {
-        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_tiles);
+        let ahead = ahead.part(first_quarter / Q, 4 / Q).in_runs(num_tiles);
         let mut sums = [[[_mm256_setzero_si256(); Q]; N]; 2];
         for tile in 0..num_tiles {
-            ahead.prefetch::<2, _MM_HINT_T1>(tile);
+            ahead.prefetch::<2>(tile);
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; Q] = unsafe { load(panel, tile, first_quarter) };
             for plane in 0..4 {
@@ -175,10 +179,10 @@ fn unpacked_gemm<const N: usize, const Q: usize, const SCREEN: bool>(
 ) {
     let num_steps = num_tiles(panel, block, 1, N);
     for first_quarter in (0..4).step_by(Q) {
-        let ahead = ahead.part(first_quarter / Q, 4 / Q).over(num_steps);
+        let ahead = ahead.part(first_quarter / Q, 4 / Q);
         let mut sums = [[_mm256_setzero_si256(); Q]; N];
         for step in 0..num_steps {
-            prefetch_quarters::<Q>(ahead, step);
+            prefetch_quarters::<Q>(ahead, num_steps, step);
             // SAFETY: the step's 128 bytes lie inside the panel.
             let weights: [_; Q] = unsafe { load(panel, step, first_quarter) };
             for (token, sums) in sums.iter_mut().enumerate() {

@@ -99,25 +99,25 @@ fn gemv_by_panels(
     out: &mut [f32],
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
-    let distance = w.ahead(1);
+    let asks = w.asks_ahead(1);
     let mut sums = [[0; ROW_TILE]];
     for (panel, out) in w.panels().zip(out.chunks_mut(ROW_TILE)) {
-        multiply(panel, Ahead::of(panel, distance), x.codes(0), &mut sums);
+        multiply(panel, Ahead::of(panel, asks), x.codes(0), &mut sums);
         write_outputs(&sums[0], x, 0, w.scale(), out);
     }
 }
 
-/// Writes whole tiles of a packed panel as `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
-type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8]);
+/// `(panel, unpacked, ahead, block, sums)`: sets the sums of one panel and block, and writes the panel's tiles as
+/// `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
+type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8], Ahead, &[i8], &mut [PanelSums]);
 
 /// The product of many tokens, in blocks of at most `block`. `multiply(panel, ahead, block, sums)` sets the sums of one panel and
-/// block. With `unpack` it gets unpacked panels.
+/// block. With `unpack`, which takes the first block, it gets unpacked panels.
 ///
 /// ```text
 /// interleave all tokens, once for all panels
 /// for panel of 32 rows:                     read from memory once
-///     unpack it
-///     for block of tokens:                  the panel stays in the second-level cache
+///     for block of tokens:                  the panel, unpacked by the first, stays in the second-level cache
 /// ```
 #[inline(always)]
 fn gemm_by_blocks(
@@ -132,7 +132,7 @@ fn gemm_by_blocks(
     let num_tokens = x.num_tokens();
     let block_tokens = equal_blocks(num_tokens, block);
     let num_blocks = num_tokens.div_ceil(block_tokens);
-    let distance = w.ahead(num_tokens);
+    let asks = w.asks_ahead(num_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
     let Scratch { interleaved, unpacked } = &mut scratch;
@@ -141,15 +141,18 @@ fn gemm_by_blocks(
     for (panel_index, panel) in w.panels().enumerate() {
         let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let mut codes = panel;
-        if let Some(unpack) = unpack {
-            let unpacked = unpacked.at_least(ROW_TILE * cols);
-            unpack(panel, unpacked);
-            codes = unpacked;
-        }
-        let ahead = Ahead::of(panel, distance);
+        let ahead = Ahead::of(panel, asks);
         for (index, block) in interleaved.chunks(block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
-            multiply(codes, ahead.part(index, num_blocks), block, sums);
+            let ahead = ahead.part(index, num_blocks);
+            match unpack {
+                Some(unpack) if index == 0 => {
+                    let unpacked = unpacked.at_least(ROW_TILE * cols);
+                    unpack(panel, unpacked, ahead, block, sums);
+                    codes = unpacked;
+                }
+                _ => multiply(codes, ahead, block, sums),
+            }
             for (token, sums) in (index * block_tokens..).zip(sums) {
                 write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
             }
@@ -183,7 +186,7 @@ fn screen_by_blocks(
     let interleaved = scratch.interleaved.get(of, |half| x.halves(half), prepare);
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
         let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
-        let ahead = Ahead::of(panel, w.ahead(num_tokens));
+        let ahead = Ahead::of(panel, w.asks_ahead(num_tokens));
         for (index, block) in interleaved.chunks(2 * block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
             multiply(panel, ahead.part(index, num_blocks), block, sums);

@@ -5,11 +5,11 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8,
-    _mm256_set1_epi32, _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+    __m256i, _mm256_add_epi32, _mm256_and_si256, _mm256_loadu_si256, _mm256_set1_epi8, _mm256_set1_epi32,
+    _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
-use super::{PanelSums, ahead::Lines};
+use super::{PanelSums, ahead::Ahead};
 use crate::kernels::packing::TILE_BYTES;
 
 /// A vector's worth of a tile.
@@ -47,14 +47,13 @@ pub(super) unsafe fn load<const Q: usize>(panel: &[u8], tile: usize, first: usiz
     quarters
 }
 
-/// Prefetches in step `step` of a pass over `Q` quarters of a panel: into the first-level cache if they are all. Several passes
-/// leave it to the panel itself.
+/// Prefetches in step `step` of a pass over `Q` quarters of an unpacked panel, or of a screen's.
 #[inline(always)]
-pub(super) fn prefetch_quarters<const Q: usize>(ahead: Lines, step: usize) {
+pub(super) fn prefetch_quarters<const Q: usize>(ahead: Ahead, num_steps: usize, step: usize) {
     if Q == 4 {
-        ahead.prefetch::<2, _MM_HINT_T0>(step);
+        ahead.in_runs(num_steps).prefetch::<2>(step);
     } else {
-        ahead.prefetch::<1, _MM_HINT_T1>(step);
+        ahead.in_order(num_steps).prefetch::<1>(step);
     }
 }
 
