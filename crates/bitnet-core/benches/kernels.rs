@@ -74,7 +74,8 @@ fn screen<const TOKENS: usize>(bencher: Bencher<'_, '_>, Choice(kernel, _): Choi
     };
     let Ok(matrix) = ScreenMatrix::pack(HEAD_ROWS, COLS, kernel.isa(), &mut WorkerPool::new(1), &decode);
     let mut x = ScreenInputs::new(TOKENS, COLS);
-    (0..TOKENS).for_each(|token| x.set(token, &values(token), kernel.isa()));
+    let inputs: Vec<f32> = (0..TOKENS).flat_map(values).collect();
+    x.fill(&inputs, kernel.screen_bits(TOKENS), kernel.isa());
     let (mut estimates, mut radii) = (vec![0.0; TOKENS * HEAD_ROWS], vec![0.0; TOKENS * HEAD_ROWS]);
     bencher.counter(ItemsCount::new(HEAD_ROWS * COLS)).bench_local(|| {
         kernel.screen(

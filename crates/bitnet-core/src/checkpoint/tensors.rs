@@ -164,7 +164,15 @@ impl DenseMatrix {
     /// When `row >= rows` or `out.len() != cols`.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "a buffer of one row");
-        self.encoding.decode(nth_row(self.data.bytes(), self.rows, row), out);
+        self.encoding.decode(self.row_bytes(row), out);
+    }
+
+    /// Row `row` as it is stored.
+    ///
+    /// # Panics
+    /// When `row >= rows`.
+    pub fn row_bytes(&self, row: usize) -> &[u8] {
+        nth_row(self.data.bytes(), self.rows, row)
     }
 
     /// Gives the file pages of `rows` back to the kernel; they are read again when next needed. Nothing happens for rows

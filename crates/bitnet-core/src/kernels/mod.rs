@@ -26,7 +26,7 @@ use std::{ops::Range, sync::LazyLock};
 pub use autotune::autotune;
 pub use isa::{FloatOp, Isa, RUN, Widen, WideningOp};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
-use screen::{PanelBounds, ScreenRows, SplitActivations};
+use screen::{ActivationBits, PanelBounds, ScreenRows, SplitActivations};
 pub use self_test::{SelfTestFailure, self_test};
 use sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS, MultiplyColumns, MultiplyRows};
 
@@ -75,11 +75,16 @@ pub trait TernaryKernel: Send + Sync + 'static {
         }
     }
 
+    /// The bits of a screen's activations that are the fastest for so many tokens.
+    fn screen_bits(&self, _num_tokens: usize) -> ActivationBits {
+        ActivationBits::Fourteen
+    }
+
     /// Estimates of the product of every row and token, and how far from the exact value each can be.
     /// `estimates`, `radii: [x.num_tokens(), w.rows()]`
     ///
     /// # Panics
-    /// When the shapes do not agree.
+    /// When the shapes do not agree, or `x` has bits that [`Self::screen_bits`] never names.
     fn screen(
         &self,
         w: &ScreenRows<'_>,
@@ -309,7 +314,7 @@ fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivatio
     );
 }
 
-/// Writes what the sums of a panel's rows with one token's high and low halves say.
+/// Writes what the sums of a panel's rows with the high and low parts of one token's codes say.
 #[inline(always)]
 fn write_screen(
     sums: &[[i32; ROW_TILE]; 2],

@@ -3,7 +3,7 @@
 use super::{
     Isa, TernaryKernel,
     packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
-    screen::{ScreenRows, SplitActivations},
+    screen::{ActivationBits, ScreenRows, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -63,13 +63,19 @@ impl TernaryKernel for Scalar {
         for (panel_index, (panel, bounds)) in w.panels().enumerate() {
             let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
             for token in 0..x.num_tokens() {
-                let sums = [0, 1].map(|half| {
-                    let codes = &x.halves(2 * token + half)[..w.cols()];
+                let sums_of = |code_row| {
+                    let codes = &x.codes(code_row)[..w.cols()];
                     std::array::from_fn(|row| {
-                        let product = |(col, &code)| i32::from(dense_weight(panel, row, col)) * i32::from(code);
+                        let product = |(col, code): (_, &i8)| {
+                            i32::from(dense_weight(panel, row, col)) * i32::from(code.cast_unsigned())
+                        };
                         codes.iter().enumerate().map(product).sum()
                     })
-                });
+                };
+                let sums = match x.bits() {
+                    ActivationBits::Eight => [x.outlier_sums(token, panel), sums_of(token)],
+                    ActivationBits::Fourteen => [sums_of(2 * token), sums_of(2 * token + 1)],
+                };
                 let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
                 let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
                 super::write_screen(&sums, bounds, x.row(token), estimates, radii);

@@ -8,13 +8,14 @@ use std::ops::Range;
 use super::{
     FloatOp, Isa,
     arena::{Arena, Piece},
+    math::LANES,
     packing::{ROW_TILE, TILE_BYTES, in_parallel},
     prefetch::Prefetch,
 };
 use crate::{
     quant::{
         activation::Version,
-        screen::{SplitRow, WeightRow, quantize_weights, split_activations},
+        screen::{Outliers, SplitRow, WeightRow, quantize_activations, quantize_weights, split_activations},
     },
     threads::{SharedRows, WorkerPool},
 };
@@ -170,12 +171,33 @@ impl<'a> ScreenRows<'a> {
     }
 }
 
+/// Bits of the activations of a screen. Fewer are multiplied faster, and leave more rows to be scored exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationBits {
+    /// A byte, and the high parts of a few.
+    Eight,
+    /// Two halves of 7 bits.
+    Fourteen,
+}
+
+impl ActivationBits {
+    /// Rows of bytes that a token has.
+    const fn code_rows(self) -> usize {
+        match self {
+            Self::Eight => 1,
+            Self::Fourteen => 2,
+        }
+    }
+}
+
 /// Inputs of a screen, in memory allocated once.
 #[derive(Debug)]
 pub struct ScreenInputs {
-    // codes: [max_tokens, 2, stride], high halves and then low ones
+    // codes: [num_tokens, code rows of `bits`, stride]; of two, high halves and then low ones
     codes: Vec<i8>,
     rows: Vec<SplitRow>,
+    outliers: Vec<Outliers>,
+    bits: ActivationBits,
     cols: usize,
     stride: usize,
     version: Version,
@@ -184,25 +206,35 @@ pub struct ScreenInputs {
 impl ScreenInputs {
     /// Room for `max_tokens` rows of `cols` values.
     pub fn new(max_tokens: usize, cols: usize) -> Self {
-        let stride = cols.next_multiple_of(4);
-        let (codes, rows) = (vec![0; 2 * max_tokens * stride], vec![SplitRow::default(); max_tokens]);
-        Self { codes, rows, cols, stride, version: Version::new() }
+        let (stride, bits) = (cols.next_multiple_of(4), ActivationBits::Fourteen);
+        let codes = vec![0; bits.code_rows() * max_tokens * stride];
+        let (rows, outliers) = (vec![SplitRow::default(); max_tokens], vec![Outliers::default(); max_tokens]);
+        Self { codes, rows, outliers, bits, cols, stride, version: Version::new() }
     }
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.codes.len() + size_of_val(&self.rows[..])
+        self.codes.len() + size_of_val(&self.rows[..]) + size_of_val(&self.outliers[..])
     }
 
-    /// Takes in `x` as row `token`.
+    /// Takes in `x`, `[num_tokens, cols]`.
     ///
     /// # Panics
-    /// When there is no such row or `x` is not as wide as the buffer was made for.
-    pub fn set(&mut self, token: usize, x: &[f32], isa: Isa) {
-        assert_eq!(x.len(), self.cols, "width of an input");
-        self.version = Version::new();
-        let (high, low) = self.codes[2 * token * self.stride..][..2 * self.stride].split_at_mut(self.stride);
-        self.rows[token] = isa.run(Split { x, high: &mut high[..x.len()], low: &mut low[..x.len()] });
+    /// When there are more tokens than the buffer was made for.
+    pub fn fill(&mut self, x: &[f32], bits: ActivationBits, isa: Isa) {
+        assert!(x.len() <= self.rows.len() * self.cols, "more tokens than there is room for");
+        (self.bits, self.version) = (bits, Version::new());
+        let codes = self.codes.chunks_exact_mut(bits.code_rows() * self.stride);
+        let rows = self.rows.iter_mut().zip(&mut self.outliers).zip(codes);
+        for (x, ((row, outliers), codes)) in x.chunks_exact(self.cols).zip(rows) {
+            *row = match bits {
+                ActivationBits::Eight => isa.run(QuantizeInput { x, codes: &mut codes[..x.len()], outliers }),
+                ActivationBits::Fourteen => {
+                    let (high, low) = codes.split_at_mut(self.stride);
+                    isa.run(Split { x, high: &mut high[..x.len()], low: &mut low[..x.len()] })
+                }
+            };
+        }
     }
 
     /// The first `num_tokens` rows.
@@ -210,16 +242,25 @@ impl ScreenInputs {
     /// # Panics
     /// When the buffer has fewer.
     pub fn view(&self, num_tokens: usize) -> SplitActivations<'_> {
-        let (codes, rows) = (&self.codes[..2 * num_tokens * self.stride], &self.rows[..num_tokens]);
-        SplitActivations { codes, rows, cols: self.cols, stride: self.stride, version: self.version }
+        SplitActivations {
+            codes: &self.codes[..self.bits.code_rows() * num_tokens * self.stride],
+            rows: &self.rows[..num_tokens],
+            outliers: &self.outliers[..num_tokens],
+            bits: self.bits,
+            cols: self.cols,
+            stride: self.stride,
+            version: self.version,
+        }
     }
 }
 
-/// Inputs in 14 bits, ready for a kernel.
+/// Inputs of a screen, ready for a kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct SplitActivations<'a> {
     codes: &'a [i8],
     rows: &'a [SplitRow],
+    outliers: &'a [Outliers],
+    bits: ActivationBits,
     cols: usize,
     stride: usize,
     version: Version,
@@ -241,14 +282,39 @@ impl<'a> SplitActivations<'a> {
         self.cols
     }
 
+    /// Bits of a value.
+    pub(super) fn bits(&self) -> ActivationBits {
+        self.bits
+    }
+
     /// What is known of row `token`.
     pub fn row(&self, token: usize) -> &'a SplitRow {
         &self.rows[token]
     }
 
-    /// The codes `2 token` (high) and `2 token + 1` (low), padded to a multiple of four.
-    pub(super) fn halves(&self, half: usize) -> &'a [i8] {
-        &self.codes[half * self.stride..][..self.stride]
+    /// Rows of codes that a token has.
+    pub(super) fn code_rows(&self) -> usize {
+        self.bits.code_rows()
+    }
+
+    /// Codes, padded to a multiple of four: of token `row`, or high (`2 token`) and low (`2 token + 1`) halves.
+    pub(super) fn codes(&self, row: usize) -> &'a [i8] {
+        &self.codes[row * self.stride..][..self.stride]
+    }
+
+    /// The sums of products of a panel's rows with the high parts that no row of codes holds, of token `token`.
+    #[inline(always)]
+    pub(super) fn outlier_sums(&self, token: usize, panel: &[u8]) -> [i32; ROW_TILE] {
+        let mut sums = [0; ROW_TILE];
+        for (column, high) in self.outliers[token].iter() {
+            let words: &[[u8; 4]; ROW_TILE] =
+                panel[column / 4 * TILE_BYTES..].as_chunks().0.first_chunk().expect("a column of the panel");
+            let shift = 24 - 8 * (column % 4);
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum += high * ((i32::from_le_bytes(*word) << shift) >> 24);
+            }
+        }
+        sums
     }
 }
 
@@ -299,27 +365,70 @@ impl FloatOp for Select<'_> {
             candidates.extend(0..estimates.len() as u32);
             return;
         }
-        let group = if estimates.len() / GROUP >= 4 * k { GROUP } else { 1 };
         lower_bounds.clear();
-        lower_bounds.extend(estimates.chunks(group).zip(radii.chunks(group)).map(|(estimates, radii)| {
-            let lower = estimates.iter().zip(radii).map(|(estimate, radius)| estimate - radius);
-            // NaN, of an infinite estimate or of noise, never counts as large.
-            lower.fold(f32::NEG_INFINITY, |max, lower| if lower > max { lower } else { max })
-        }));
+        if estimates.len() / GROUP >= 4 * k {
+            largest_lower_bounds(estimates, radii, lower_bounds);
+        } else {
+            let bounds = estimates.iter().zip(radii).map(|(estimate, radius)| estimate - radius);
+            lower_bounds.extend(bounds.map(|lower| larger(f32::NEG_INFINITY, lower)));
+        }
         let descending = |a: &f32, b: &f32| b.total_cmp(a);
         let (_, &mut threshold, _) = lower_bounds.select_nth_unstable_by(k - 1, descending);
-        // Negated, so that NaN is kept.
-        #[allow(clippy::neg_cmp_op_on_partial_ord)]
-        let possible = |estimate: f32, radius: f32| !(estimate + radius < threshold);
-        let groups = estimates.chunks(GROUP).zip(radii.chunks(GROUP)).zip((0..).step_by(GROUP));
-        for ((estimates, radii), first) in groups {
-            let rows = estimates.iter().zip(radii);
-            if rows.clone().fold(false, |any, (&estimate, &radius)| any | possible(estimate, radius)) {
-                let ids = rows.zip(first..).filter(|((estimate, radius), _)| possible(**estimate, **radius));
-                candidates.extend(ids.map(|(_, id)| id));
+        let (groups, rest) = estimates.as_chunks::<GROUP>();
+        let (radii_of_groups, radii_of_rest) = radii.as_chunks::<GROUP>();
+        for ((estimates, radii), first) in groups.iter().zip(radii_of_groups).zip((0..).step_by(GROUP)) {
+            extend_by_possible(estimates, radii, threshold, first, candidates);
+        }
+        let first = estimates.len() - rest.len();
+        extend_by_possible(rest, radii_of_rest, threshold, first as u32, candidates);
+    }
+}
+
+/// The largest lower bound of each group of [`GROUP`] rows (of the last rows: of fewer). Rows of a group are 16 apart, so that
+/// no vector is reduced.
+#[inline(always)]
+fn largest_lower_bounds(estimates: &[f32], radii: &[f32], lower_bounds: &mut Vec<f32>) {
+    for (estimates, radii) in estimates.chunks(GROUP * LANES).zip(radii.chunks(GROUP * LANES)) {
+        let mut max = [f32::NEG_INFINITY; LANES];
+        let (steps, rest) = estimates.as_chunks::<LANES>();
+        let (radii, radii_of_rest) = radii.as_chunks::<LANES>();
+        for (estimates, radii) in steps.iter().zip(radii) {
+            for lane in 0..LANES {
+                max[lane] = larger(max[lane], estimates[lane] - radii[lane]);
             }
         }
+        for ((max, estimate), radius) in max.iter_mut().zip(rest).zip(radii_of_rest) {
+            *max = larger(*max, estimate - radius);
+        }
+        lower_bounds.extend_from_slice(&max);
     }
+}
+
+/// NaN, of an infinite estimate or of noise, never counts as large.
+#[inline(always)]
+fn larger(max: f32, lower: f32) -> f32 {
+    if lower > max { lower } else { max }
+}
+
+/// Appends the ids, from `first` on, of the rows of a group that are no smaller than `threshold` for certain.
+#[inline(always)]
+fn extend_by_possible(estimates: &[f32], radii: &[f32], threshold: f32, first: u32, candidates: &mut Vec<u32>) {
+    let mut any = false;
+    for (&estimate, &radius) in estimates.iter().zip(radii) {
+        any |= is_possible(estimate, radius, threshold);
+    }
+    if any {
+        let ids = estimates.iter().zip(radii).zip(first..);
+        let ids = ids.filter(|((estimate, radius), _)| is_possible(**estimate, **radius, threshold));
+        candidates.extend(ids.map(|(_, id)| id));
+    }
+}
+
+/// Negated, so that NaN is kept.
+#[inline(always)]
+#[allow(clippy::neg_cmp_op_on_partial_ord)]
+fn is_possible(estimate: f32, radius: f32, threshold: f32) -> bool {
+    !(estimate + radius < threshold)
 }
 
 struct Quantize<'a> {
@@ -348,6 +457,21 @@ impl FloatOp for Split<'_> {
     #[inline(always)]
     fn call(self) -> SplitRow {
         split_activations(self.x, self.high, self.low)
+    }
+}
+
+struct QuantizeInput<'a> {
+    x: &'a [f32],
+    codes: &'a mut [i8],
+    outliers: &'a mut Outliers,
+}
+
+impl FloatOp for QuantizeInput<'_> {
+    type Output = SplitRow;
+
+    #[inline(always)]
+    fn call(self) -> SplitRow {
+        quantize_activations(self.x, self.codes, self.outliers)
     }
 }
 

@@ -154,9 +154,7 @@ fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPoo
     };
     let Ok(matrix) = ScreenMatrix::pack(rows, cols, kernel.isa(), pool, &decode);
     let mut inputs = ScreenInputs::new(num_tokens, cols);
-    for (token, x) in case.x.chunks_exact(cols).enumerate() {
-        inputs.set(token, x, kernel.isa());
-    }
+    inputs.fill(&case.x, kernel.screen_bits(num_tokens), kernel.isa());
     let (mut estimates, mut radii) = (vec![f32::NAN; num_tokens * rows], vec![f32::NAN; num_tokens * rows]);
     kernel.screen(
         &matrix.slice(0..rows),

@@ -9,6 +9,7 @@ use crate::{
     kernels::{
         FloatOp, Isa,
         math::{self, LANES},
+        prefetch_all,
     },
     threads::{ColumnsMut, SharedColumns, SharedRows},
 };
@@ -43,12 +44,14 @@ impl Model {
     }
 }
 
-/// `out[i] = head[ids[i]] . hidden`: the values [`Model::logits`] has for these tokens. `decoded`: `[cols]` of scratch.
+/// `out[i] = head[ids[i]] . hidden`: the values [`Model::logits`] has for these tokens.
 pub(super) struct ScoreTokens<'a> {
+    pub(super) isa: Isa,
     pub(super) head: &'a DenseMatrix,
     pub(super) ids: &'a [u32],
     /// `[cols]`
     pub(super) hidden: &'a [f32],
+    /// `[ROWS, cols]` of scratch.
     pub(super) decoded: &'a mut [f32],
     pub(super) out: &'a mut [f32],
 }
@@ -58,28 +61,47 @@ impl FloatOp for ScoreTokens<'_> {
 
     #[inline(always)]
     fn call(self) {
-        match self.head.encoding {
-            DenseEncoding::F32 => self.score(f32_from_le_bytes),
-            DenseEncoding::F16 => self.score(f16_from_le_bytes),
-            DenseEncoding::Bf16 => self.score(bf16_from_le_bytes),
-            DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => {
-                for (&id, out) in self.ids.iter().zip(self.out) {
-                    self.head.decode_row(id as usize, self.decoded);
-                    *out = dot_one(self.decoded, self.hidden, unchanged);
+        let cols = self.head.cols;
+        let groups = self.ids.chunks(ROWS).zip(self.out.chunks_mut(ROWS));
+        for ((ids, out), first) in groups.zip((0..).step_by(ROWS)) {
+            let decoded = &mut self.decoded[..ids.len() * cols];
+            for ((&id, row), index) in ids.iter().zip(decoded.chunks_exact_mut(cols)).zip(first..) {
+                // Rows lie anywhere.
+                if let Some(&next) = self.ids.get(index + ROWS) {
+                    prefetch_all(self.head.row_bytes(next as usize));
                 }
+                decode_row(self.isa, self.head, id as usize, row);
             }
+            dot_rows(decoded, self.hidden, cols, unchanged, (0, &mut ColumnsMut::new(out, ids.len())));
         }
     }
 }
 
-impl ScoreTokens<'_> {
-    #[inline(always)]
-    fn score<const BYTES: usize>(self, widen: impl Fn([u8; BYTES]) -> f32 + Copy) {
-        let (data, cols) = (self.head.data.bytes().as_chunks::<BYTES>().0, self.head.cols);
-        for (&id, out) in self.ids.iter().zip(self.out) {
-            *out = dot_one(&data[id as usize * cols..][..cols], self.hidden, widen);
-        }
+/// Row `row` of `head`, at the speed of the instruction set where the encoding is plain floats.
+#[inline(always)]
+fn decode_row(isa: Isa, head: &DenseMatrix, row: usize, out: &mut [f32]) {
+    let bytes = head.row_bytes(row);
+    match head.encoding {
+        DenseEncoding::F32 => decode_floats(bytes.as_chunks().0, f32_from_le_bytes, out),
+        DenseEncoding::F16 => decode_halves(isa, bytes.as_chunks().0, out),
+        DenseEncoding::Bf16 => decode_floats(bytes.as_chunks().0, bf16_from_le_bytes, out),
+        DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => head.decode_row(row, out),
     }
+}
+
+#[inline(always)]
+fn decode_floats<const BYTES: usize>(stored: &[[u8; BYTES]], widen: impl Fn([u8; BYTES]) -> f32, out: &mut [f32]) {
+    for (out, stored) in out.iter_mut().zip(stored) {
+        *out = widen(*stored);
+    }
+}
+
+/// By the instruction for it, which takes memory to memory.
+#[inline(always)]
+fn decode_halves(isa: Isa, halves: &[[u8; 2]], out: &mut [f32]) {
+    let whole_runs = if cfg!(target_endian = "little") { halves.len() / LANES * LANES } else { 0 };
+    isa.widen_f16(&halves[..whole_runs], out, LANES);
+    decode_floats(&halves[whole_runs..], f16_from_le_bytes, &mut out[whole_runs..]);
 }
 
 /// `x[row] = embedding[token]`
@@ -152,18 +174,14 @@ impl Score<'_> {
         }
     }
 
-    /// Rows of halves, widened by the instruction for it, which takes memory to memory.
+    /// Rows of halves.
     #[inline(always)]
     fn score_f16(mut self) {
         let cols = self.head.cols;
         let data = &self.head.data.bytes().as_chunks().0[self.rows.start * cols..self.rows.end * cols];
         for (rows, first) in data.chunks(ROWS * cols).zip((0..).step_by(ROWS)) {
             let decoded = &mut self.decoded[..rows.len()];
-            let whole_runs = if cfg!(target_endian = "little") { rows.len() / LANES * LANES } else { 0 };
-            self.isa.widen_f16(&rows[..whole_runs], decoded, LANES);
-            for (out, half) in decoded.iter_mut().zip(rows).skip(whole_runs) {
-                *out = f16_from_le_bytes(*half);
-            }
+            decode_halves(self.isa, rows, decoded);
             dot_rows(decoded, self.hidden, cols, unchanged, (first, &mut self.out));
         }
     }
@@ -248,14 +266,6 @@ fn dot_tile<W: Copy, const R: usize, const T: usize>(
             out[t][r] = math::lane_tree(&multiply_add_tail(sums[t][r], rows[r].1, tokens[t].1, widen));
         }
     }
-}
-
-/// `row . x` in 16 lanes of fused multiply-adds and the tree.
-#[inline(always)]
-fn dot_one<W: Copy>(row: &[W], x: &[f32], widen: impl Fn(W) -> f32 + Copy) -> f32 {
-    let mut out = [[0.0]];
-    dot_tile::<_, 1, 1>(row, x, x.len(), widen, &mut out);
-    out[0][0]
 }
 
 /// `sums + weights * x`, fused, lane by lane.

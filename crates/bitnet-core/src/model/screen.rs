@@ -6,7 +6,10 @@
 
 use std::{convert::Infallible, ops::Range};
 
-use super::{Model, Workspace, lm_head::ScoreTokens};
+use super::{
+    Model, Workspace,
+    lm_head::{ROWS, ScoreTokens},
+};
 use crate::{
     checkpoint::DenseMatrix,
     kernels::{
@@ -47,10 +50,8 @@ impl Model {
         assert!(rows.len() <= Workspace::MAX_SCREENED_ROWS, "{} rows screened at once", rows.len());
         let (kernel, num_rows) = (self.kernel, rows.len());
         let buffers = &mut workspace.buffers;
-        let hidden = buffers.normed[rows.start * screen.cols()..rows.end * screen.cols()].chunks_exact(screen.cols());
-        for (row, hidden) in hidden.enumerate() {
-            buffers.screen_inputs.set(row, hidden, kernel.isa());
-        }
+        let hidden = &buffers.normed[rows.start * screen.cols()..rows.end * screen.cols()];
+        buffers.screen_inputs.fill(hidden, kernel.screen_bits(num_rows), kernel.isa());
         let x = buffers.screen_inputs.view(num_rows);
         let columns = |out| SharedColumns::new(out, screen.rows(), ROW_TILE);
         let estimates = columns(&mut buffers.estimates[..num_rows * screen.rows()]);
@@ -75,14 +76,14 @@ impl Model {
         let scores = &mut workspace.buffers.scores[..ids.len()];
         let decoded = &mut workspace.buffers.head_rows;
         if ids.len() < MIN_TOKENS_TO_SPLIT {
-            isa.run(ScoreTokens { head, ids, hidden, decoded: &mut decoded[..head.cols], out: scores });
+            isa.run(ScoreTokens { isa, head, ids, hidden, decoded, out: scores });
             return scores;
         }
-        let (out, decoded) = (SharedRows::new(&mut *scores, 1), SharedRows::new(decoded, head.cols));
+        let (out, decoded) = (SharedRows::new(&mut *scores, 1), SharedRows::new(decoded, ROWS * head.cols));
         workspace.pool.run(&|worker| {
             let share = worker.share(ids.len(), 1);
             let decoded = decoded.claim(worker.index()..worker.index() + 1);
-            isa.run(ScoreTokens { head, ids: &ids[share.clone()], hidden, decoded, out: out.claim(share) });
+            isa.run(ScoreTokens { isa, head, ids: &ids[share.clone()], hidden, decoded, out: out.claim(share) });
         });
         scores
     }
@@ -217,5 +218,6 @@ mod tests {
         let Screened { estimates, radii } = workspace.screened(0);
         let mut selection = Selection::default();
         assert_eq!(selection.candidates(estimates, radii, 1, kernel.isa()).len(), VOCAB);
+        assert!(model.score(0, &[], &mut workspace).is_empty());
     }
 }

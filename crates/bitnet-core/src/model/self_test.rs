@@ -24,7 +24,7 @@ const MAX_TOKENS: usize = 26;
 /// Rows of a product: several panels, for a kernel walks over them.
 const MAX_ROWS: usize = 4 * ROW_TILE;
 /// As [`MAX_TOKENS`], of the head's screen: one more than a block.
-const MAX_SCREENED: usize = 7;
+const MAX_SCREENED: usize = 13;
 
 impl Model {
     /// Compares products of every matrix by the kernel with `scalar`, in well under 200 ms for the 2B-4T model. `scalar`
@@ -114,7 +114,7 @@ impl Model {
     fn test_screen(&self, matrix: &ScreenMatrix, share: Range<usize>) -> Result<(), SelfTestFailure> {
         let cols = matrix.cols();
         let mut inputs = ScreenInputs::new(MAX_SCREENED, cols);
-        (0..MAX_SCREENED).for_each(|token| inputs.set(token, &values(token, cols), self.kernel.isa()));
+        let values: Vec<f32> = (0..MAX_SCREENED).flat_map(|token| values(token, cols)).collect();
         let num_panels = share.len().div_ceil(ROW_TILE);
         let bound = |part: usize| share.end.min(share.start + num_panels * part / MAX_SCREENED * ROW_TILE);
         for num_tokens in 1..=MAX_SCREENED {
@@ -124,6 +124,8 @@ impl Model {
             }
             let whole_tiles = end.next_multiple_of(ROW_TILE);
             let (rows, panel) = (start.max(whole_tiles.saturating_sub(MAX_ROWS))..end, whole_tiles - ROW_TILE..end);
+            let bits = self.kernel.screen_bits(num_tokens);
+            inputs.fill(&values[..num_tokens * cols], bits, self.kernel.isa());
             let x = inputs.view(num_tokens);
             let ours = screened(self.kernel, &matrix.slice(rows.clone()), &x);
             let expected = screened(oracle(), &matrix.slice(panel.clone()), &x);

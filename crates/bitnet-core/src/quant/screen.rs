@@ -1,7 +1,7 @@
-//! Rows of a dense matrix in 8 bits with proven error bounds, and activations in 14 bits: a cheap first look at a product
-//! that says which rows deserve the exact one.
+//! Rows of a dense matrix in 8 bits with proven error bounds, and activations in 14 bits, or in 8 but for a few: a cheap first
+//! look at a product that says which rows deserve the exact one.
 //!
-//! A row `w` becomes `s q + e`, with int8 codes `q`, and an input `x` becomes `t p + d`, with 14-bit codes `p`. So
+//! A row `w` becomes `s q + e`, with int8 codes `q`, and an input `x` becomes `t p + d`, with codes `p`. So
 //!
 //! ```text
 //! w.x = s t q.p  +  s q.d  +  e.x
@@ -22,6 +22,19 @@ pub const MAX_ACTIVATION_CODE: i32 = 8191;
 /// and those without VNNI add two products in 16 bits.
 pub const ACTIVATION_BIAS: i32 = 1 << 13;
 
+/// Added to activation codes of 8 bits, for the same reason.
+pub const BYTE_BIAS: i32 = 1 << 7;
+
+/// What an outlier's high part counts: the low one has 8 bits.
+const OUTLIER_WEIGHT: i32 = 1 << 8;
+
+/// The most values of an input that 8 bits do not hold.
+pub const MAX_OUTLIERS: usize = 16;
+
+/// The root mean squares that 8 bits hold, unless more than [`MAX_OUTLIERS`] are beyond: of values that are distributed
+/// normally, three in a thousand are.
+const OUTLIERS_FROM: f32 = 3.0;
+
 /// What is known of a row of weights beside its codes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct WeightRow {
@@ -38,6 +51,10 @@ pub struct WeightRow {
 /// What is known of an input beside its codes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SplitRow {
+    /// What the products with the high parts of the codes count, beside those with the low ones.
+    pub high_weight: i32,
+    /// What was added to every code.
+    pub bias: i32,
     /// `t`.
     pub step: f32,
     /// At least `|x|`; infinite when a value is not finite.
@@ -80,7 +97,7 @@ pub fn split_activations(x: &[f32], high: &mut [i8], low: &mut [i8]) -> SplitRow
     if !absmax.is_finite() {
         high.fill(0);
         low.fill(0);
-        return SplitRow { step: 0.0, norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding };
+        return SplitRow { norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding, ..SplitRow::default() };
     }
     let step = absmax.max(TINY) / MAX_ACTIVATION_CODE as f32;
     let inverse = MAX_ACTIVATION_CODE as f32 / absmax.max(TINY);
@@ -91,15 +108,97 @@ pub fn split_activations(x: &[f32], high: &mut [i8], low: &mut [i8]) -> SplitRow
         *low = (biased & 127) as i8;
     }
     let residual = norm(x, |value| f64::from(value) - f64::from(step) * f64::from(code_of(value)));
-    SplitRow { step, norm: round_up(norm(x, f64::from)), residual_norm: round_up(residual), rounding }
+    SplitRow {
+        high_weight: 1 << 7,
+        bias: ACTIVATION_BIAS,
+        step,
+        norm: round_up(norm(x, f64::from)),
+        residual_norm: round_up(residual),
+        rounding,
+    }
+}
+
+/// The high parts of the few codes that need more than 8 bits.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outliers {
+    columns: [u32; MAX_OUTLIERS],
+    high: [i32; MAX_OUTLIERS],
+    len: usize,
+}
+
+impl Outliers {
+    /// `(column, high part)` of each.
+    #[inline(always)]
+    pub fn iter(&self) -> impl Iterator<Item = (usize, i32)> {
+        let columns = self.columns[..self.len].iter().map(|&column| column as usize);
+        columns.zip(self.high[..self.len].iter().copied())
+    }
+
+    /// # Panics
+    /// When there are [`MAX_OUTLIERS`] already.
+    #[inline(always)]
+    fn push(&mut self, column: usize, high: i32) {
+        self.columns[self.len] = column as u32;
+        self.high[self.len] = high;
+        self.len += 1;
+    }
+}
+
+/// Writes the biased low bytes of the codes of an input; ties to even. What they do not hold goes to `outliers`.
+#[inline(always)]
+pub fn quantize_activations(x: &[f32], codes: &mut [i8], outliers: &mut Outliers) -> SplitRow {
+    const LARGEST: f32 = 127.0;
+    /// No code is so large that its low byte and high part lose anything.
+    const MOST: i32 = 127 * OUTLIER_WEIGHT;
+    let rounding = (x.len() / 16 + 8) as f32 * (1.01 / (1 << 24) as f32);
+    outliers.len = 0;
+    let absmax = absmax(x);
+    if !absmax.is_finite() {
+        codes.fill(0);
+        return SplitRow { norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding, ..SplitRow::default() };
+    }
+    let length = norm(x, f64::from);
+    let mut most = (length / (x.len() as f64).sqrt()) as f32 * OUTLIERS_FROM;
+    while most < absmax && num_beyond(x, most) > MAX_OUTLIERS {
+        most = most.max(TINY) * 1.25;
+    }
+    let most = most.min(absmax).max(TINY);
+    let (step, inverse) = (most / LARGEST, LARGEST / most);
+    let code_of = |value: f32| round((value * inverse).clamp(-(MOST as f32), MOST as f32));
+    for (code, &value) in codes.iter_mut().zip(x) {
+        *code = (code_of(value) + BYTE_BIAS) as i8;
+    }
+    if most < absmax {
+        for (column, &value) in x.iter().enumerate() {
+            let high = (code_of(value) + BYTE_BIAS) >> 8;
+            if high != 0 {
+                outliers.push(column, high);
+            }
+        }
+    }
+    let residual = norm(x, |value| f64::from(value) - f64::from(step) * f64::from(code_of(value)));
+    SplitRow {
+        high_weight: OUTLIER_WEIGHT,
+        bias: BYTE_BIAS,
+        step,
+        norm: round_up(length),
+        residual_norm: round_up(residual),
+        rounding,
+    }
+}
+
+/// Values whose magnitude is larger than `most`.
+#[inline(always)]
+fn num_beyond(x: &[f32], most: f32) -> usize {
+    x.iter().fold(0_u32, |count, value| count + u32::from(value.abs() > most)) as usize
 }
 
 impl WeightRow {
-    /// The estimate from the sums of the codes' products with the high and the low halves. Exact but for one rounding.
+    /// The estimate from the sums of the codes' products with the high and the low parts. Exact but for one rounding.
     #[inline(always)]
     pub fn estimate(&self, x: &SplitRow, high: i32, low: i32) -> f32 {
-        let unbiased = high - (ACTIVATION_BIAS >> 7) * self.code_sum;
-        let product = 128.0 * f64::from(unbiased) + f64::from(low);
+        let bias = f64::from(x.bias) * f64::from(self.code_sum);
+        let product = f64::from(x.high_weight) * f64::from(high) + f64::from(low) - bias;
         (product * (f64::from(self.scale) * f64::from(x.step))) as f32
     }
 }

@@ -6,11 +6,15 @@ use std::convert::Infallible;
 use super::Random;
 use crate::{
     kernels::{
-        FloatOp, Isa, available, math,
+        FloatOp, Isa, TernaryKernel, available, math,
         packing::ROW_TILE,
-        screen::{ScreenInputs, ScreenMatrix, Selection},
+        screen::{
+            ActivationBits::{self, Eight, Fourteen},
+            ScreenInputs, ScreenMatrix, Selection,
+        },
         select,
     },
+    quant::screen::MAX_OUTLIERS,
     threads::{ColumnsMut, SharedColumns, WorkerPool},
 };
 
@@ -42,13 +46,11 @@ impl Case {
     }
 
     /// Estimates and radii, `[num_tokens, rows]` each, by the kernel called `name`.
-    fn screen(&self, name: &str) -> (Vec<f32>, Vec<f32>) {
+    fn screen(&self, name: &str, bits: ActivationBits) -> (Vec<f32>, Vec<f32>) {
         let kernel = select(name).unwrap();
         let matrix = self.pack(kernel.isa());
         let mut inputs = ScreenInputs::new(self.num_tokens(), self.cols);
-        for (token, x) in self.x.chunks_exact(self.cols).enumerate() {
-            inputs.set(token, x, kernel.isa());
-        }
+        inputs.fill(&self.x, bits, kernel.isa());
         let len = self.num_tokens() * self.rows;
         let (mut estimates, mut radii) = (vec![f32::NAN; len], vec![f32::NAN; len]);
         kernel.screen(
@@ -62,9 +64,14 @@ impl Case {
 
     /// Checks the bits of every kernel, and every bound against the product in `f64` and in 16-lane `f32`.
     fn check(&self, label: &str) {
-        let (estimates, radii) = self.screen("scalar");
-        for kernel in available() {
-            let (ours, distances) = self.screen(kernel.name());
+        self.check_bits(Fourteen, label);
+        self.check_bits(Eight, label);
+    }
+
+    fn check_bits(&self, bits: ActivationBits, label: &str) {
+        let (estimates, radii) = self.screen("scalar", bits);
+        for kernel in available().iter().filter(|kernel| takes(**kernel, bits)) {
+            let (ours, distances) = self.screen(kernel.name(), bits);
             let equal = |a: &[f32], b: &[f32]| super::bits(a) == super::bits(b);
             assert!(equal(&ours, &estimates) && equal(&distances, &radii), "{} {label}", kernel.name());
         }
@@ -79,6 +86,11 @@ impl Case {
             }
         }
     }
+}
+
+/// Whether `kernel` screens activations of `bits`.
+fn takes(kernel: &dyn TernaryKernel, bits: ActivationBits) -> bool {
+    bits == Fourteen || kernel.name() == "scalar" || kernel.screen_bits(usize::MAX) == bits
 }
 
 #[test]
@@ -124,24 +136,46 @@ fn sums_at_the_widest_do_not_overflow() {
 
 #[test]
 fn radii_are_small_enough_to_be_useful() {
-    let case = Case::random(64, 2560, 1);
-    let (_, radii) = case.screen("auto");
+    let mut case = Case::random(64, 2560, 1);
     let norm = |values: &[f32]| math::sum_squares_16(values).sqrt();
-    for (weights, radius) in case.weights.chunks_exact(2560).zip(radii) {
-        assert!(radius < 0.01 * norm(weights) * norm(&case.x));
+    let check = |case: &Case, bits, limit: f32| {
+        let (_, radii) = case.screen("scalar", bits);
+        for (weights, radius) in case.weights.chunks_exact(2560).zip(radii) {
+            assert!(radius < limit * norm(weights) * norm(&case.x), "{bits:?}");
+        }
+    };
+    check(&case, Fourteen, 0.01);
+    check(&case, Eight, 0.02);
+    // A few outliers are no reason for a coarse step.
+    (0..MAX_OUTLIERS).for_each(|index| case.x[index * 100 + 3] = 20.0 - 3.0 * index as f32);
+    check(&case, Eight, 0.02);
+}
+
+#[test]
+fn outliers_keep_all_of_their_bits() {
+    // In steps of 1/127 times three root mean squares or more, which all others are below.
+    let mut x = [1.0; 200];
+    (x[2], x[77], x[199]) = (300.0, -60.0, 31.0);
+    let mut inputs = ScreenInputs::new(1, 200);
+    inputs.fill(&x, Eight, Isa::BASELINE);
+    let x = inputs.view(1);
+    for (column, value) in [(2, 300.0), (77, -60.0), (199, 31.0), (5, 1.0)] {
+        let mut panel = [0; 50 * 128];
+        panel[column / 4 * 128 + column % 4] = 1;
+        let low = i32::from(x.codes(0)[column].cast_unsigned()) - 128;
+        let code = 256 * x.outlier_sums(0, &panel)[0] + low;
+        assert!((code as f32 * x.row(0).step - value).abs() <= 0.5 * x.row(0).step, "{value}");
     }
 }
 
 #[test]
 fn splitting_rows_among_workers_changes_nothing() {
     let case = Case::random(200, 60, 3);
-    let (expected, _) = case.screen("scalar");
+    let (expected, _) = case.screen("scalar", Fourteen);
     let kernel = select("auto").unwrap();
     let matrix = case.pack(kernel.isa());
     let mut inputs = ScreenInputs::new(3, 60);
-    for (token, x) in case.x.chunks_exact(60).enumerate() {
-        inputs.set(token, x, kernel.isa());
-    }
+    inputs.fill(&case.x, Fourteen, kernel.isa());
     let (mut estimates, mut radii) = (vec![0.0; 600], vec![0.0; 600]);
     let shared = [&mut estimates, &mut radii].map(|out| SharedColumns::new(out, 200, ROW_TILE));
     WorkerPool::new(3).run(&|worker| {
@@ -173,6 +207,11 @@ impl FloatOp for Exact<'_> {
 
 #[test]
 fn the_largest_are_always_candidates_and_few_others() {
+    check_candidates("auto", Fourteen, 4);
+    check_candidates("scalar", Eight, 6);
+}
+
+fn check_candidates(name: &str, bits: ActivationBits, limit: usize) {
     const STATES: usize = 10_000;
     let (rows, cols) = (300, 48);
     let mut case = Case::random(rows, cols, STATES);
@@ -180,7 +219,7 @@ fn the_largest_are_always_candidates_and_few_others() {
     for row in (0..60).step_by(3) {
         case.weights.copy_within(row * cols..(row + 1) * cols, (row + 150) * cols);
     }
-    let (estimates, radii) = case.screen("auto");
+    let (estimates, radii) = case.screen(name, bits);
     let isa = *Isa::available().last().unwrap();
     let mut selection = Selection::default();
     let mut num_candidates = 0;
@@ -200,7 +239,7 @@ fn the_largest_are_always_candidates_and_few_others() {
             }
         }
     }
-    assert!(num_candidates < 4 * STATES, "{num_candidates} candidates for {STATES} states");
+    assert!(num_candidates < limit * STATES, "{num_candidates} candidates for {STATES} states");
 }
 
 #[test]

@@ -10,7 +10,6 @@ use std::arch::{
         __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_cvtepi8_epi16,
         _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute4x64_epi64, _mm256_set1_epi8,
         _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_srai_epi32,
-        _mm256_srli_epi16,
     },
 };
 
@@ -18,13 +17,16 @@ use super::{
     PanelSums,
     ahead::Ahead,
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, prefetch_quarters, unpack, write_quarters},
+    tiles_256::{
+        QUARTER_BYTES, add_quarters, broadcast, load, lowest_codes, prefetch_quarters, shift_codes, unpack,
+        write_quarters,
+    },
 };
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
-        screen::{ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -36,7 +38,7 @@ const BLOCK: usize = 2;
 /// Unpacked panels: 2 x 6 sums leave four registers for weights, activations and products.
 const UNPACKED_BLOCK: usize = 6;
 
-/// Tokens of a block of the screen: 2 x 4 sums, and registers for as many activations.
+/// Tokens of a block of the screen, each with two halves: 2 x 4 sums, and registers for as many activations.
 const SCREEN_BLOCK: usize = 4;
 
 /// From here on unpacking costs less than what it takes away from the multiplications beside it.
@@ -129,12 +131,15 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+    assert_eq!(x.bits(), ActivationBits::Fourteen, "halves to join");
     let join = |block: &mut [i8]| join_halves(block);
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, Some(&join), |panel, ahead, block, sums| match sums.len() {
-        2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
-        4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
-        6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
-        _ => screen_gemm::<4, 1>(panel, ahead, block, sums),
+    screen_by_blocks(w, x, estimates, radii, 2 * SCREEN_BLOCK, Some(&join), |panel, ahead, block, sums| {
+        match sums.len() {
+            2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
+            4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
+            6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
+            _ => screen_gemm::<4, 1>(panel, ahead, block, sums),
+        }
     });
 }
 
@@ -156,8 +161,8 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
             for plane in 0..4 {
-                let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
-                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+                let weights = lowest_codes(quarters, mask);
+                shift_codes(&mut quarters);
                 for (token, narrow) in narrow.iter_mut().enumerate() {
                     // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                     let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };

@@ -64,7 +64,7 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 5];
     for tile in 0..num_tiles {
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, ahead, tile) }.map(|half| decoder.numbers(half));
+        let numbers = decoder.numbers(unsafe { load_tile(panel, ahead, tile) });
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let block = block.as_ptr().add(20 * N * tile);
@@ -113,7 +113,7 @@ fn panel_gemm_and_unpack<const N: usize>(
         // After the last tile nothing follows: it is unpacked again.
         let next = (tile + 1).min(num_tiles - 1);
         // SAFETY: the tile's 128 bytes lie inside the panel.
-        let numbers = unsafe { load_tile(panel, ahead, next) }.map(|half| decoder.numbers(half));
+        let numbers = decoder.numbers(unsafe { load_tile(panel, ahead, next) });
         // SAFETY: 20 codes a tile and token, checked by `num_tiles`; the places of tiles by the assertion.
         unsafe {
             let (block, tile) = (block.as_ptr().add(20 * N * tile), unpacked.add(stride * tile));
@@ -141,7 +141,7 @@ fn unpack_tile(tile: &[u8], unpacked: &mut TileCodes) {
     let decoder = Decoder::new();
     assert_eq!(tile.len(), TILE_BYTES, "a tile");
     // SAFETY: the assertion.
-    let numbers = unsafe { load(tile, 0) }.map(|half| decoder.numbers(half));
+    let numbers = decoder.numbers(unsafe { load(tile, 0) });
     let [first, second, third, fourth, fifth] = unpacked.as_chunks_mut().0 else {
         unreachable!("a tile has five planes");
     };
@@ -181,7 +181,12 @@ impl Decoder {
     }
 
     #[inline(always)]
-    fn numbers(&self, bytes: __m512i) -> Numbers {
+    fn numbers(&self, [first, second]: [__m512i; 2]) -> [Numbers; 2] {
+        [self.numbers_of(first), self.numbers_of(second)]
+    }
+
+    #[inline(always)]
+    fn numbers_of(&self, bytes: __m512i) -> Numbers {
         // Bits of the first operand where the mask has ones, else of the second.
         const SELECT: i32 = 0xca;
         // SAFETY: `new` needs the features used here, so the CPU that made `self` has them.
@@ -211,7 +216,7 @@ impl Decoder {
         numbers: &[Numbers; 2],
         next: *mut TileCodes,
     ) {
-        // SAFETY: the CPU as in `numbers`; the rest by the caller's promise, with one reference at a time.
+        // SAFETY: the CPU as in `numbers_of`; the rest by the caller's promise, with one reference at a time.
         unsafe {
             multiply_step::<N, P, false>(load(&*tile, P), block, sums);
             store_bytes(self.plane::<P>(numbers), &mut *next.cast::<[u8; TILE_BYTES]>().add(P));
@@ -220,17 +225,20 @@ impl Decoder {
 
     /// The codes of plane `P`, one a byte.
     #[inline(always)]
-    fn plane<const P: usize>(&self, halves: &[Numbers; 2]) -> [__m512i; 2] {
-        halves.map(|[of_three, of_two]| {
-            // SAFETY: as in `numbers`.
-            unsafe {
-                if P < 3 {
-                    _mm512_permutexvar_epi8(of_three, self.digits[P])
-                } else {
-                    _mm512_shuffle_epi8(self.digits[P], of_two)
-                }
+    fn plane<const P: usize>(&self, [first, second]: &[Numbers; 2]) -> [__m512i; 2] {
+        [self.plane_of::<P>(*first), self.plane_of::<P>(*second)]
+    }
+
+    #[inline(always)]
+    fn plane_of<const P: usize>(&self, [of_three, of_two]: Numbers) -> __m512i {
+        // SAFETY: as in `numbers_of`.
+        unsafe {
+            if P < 3 {
+                _mm512_permutexvar_epi8(of_three, self.digits[P])
+            } else {
+                _mm512_shuffle_epi8(self.digits[P], of_two)
             }
-        })
+        }
     }
 }
 

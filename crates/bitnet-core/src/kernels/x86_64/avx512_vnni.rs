@@ -23,7 +23,7 @@ use crate::{
     kernels::{
         Isa, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
-        screen::{ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, SplitActivations},
         sparse::{ActiveChannels, ChannelColumns, ChannelRows},
     },
     quant::activation::QuantizedActivations,
@@ -32,6 +32,9 @@ use crate::{
 
 /// Tokens multiplied at once: 2 x 12 accumulators leave eight registers for weights, masks and activations.
 pub(super) const BLOCK: usize = 12;
+
+/// Tokens of a screen from which multiplying halves takes so much longer than memory that more rows may be scored exactly.
+const BYTES_FROM: usize = 16;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -72,6 +75,10 @@ impl TernaryKernel for Avx512Vnni {
             // SAFETY: as above, and `check_gemv` found the layout in `layouts`, so `detect` saw VBMI.
             PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemv(w, x, out) },
         }
+    }
+
+    fn screen_bits(&self, num_tokens: usize) -> ActivationBits {
+        if num_tokens < BYTES_FROM { ActivationBits::Fourteen } else { ActivationBits::Eight }
     }
 
     fn screen(
@@ -153,8 +160,8 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    screen_by_blocks(w, x, estimates, radii, BLOCK / 2, None, |panel, ahead, block, sums| {
-        by_tokens!(sums.len(), [2 4 6 8 10 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
+    screen_by_blocks(w, x, estimates, radii, BLOCK, None, |panel, ahead, block, sums| {
+        by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }
 
@@ -183,10 +190,19 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
             multiply_plane::<N, 3>(halves, block, &mut sums);
         }
     }
-    sums[1] = sums[1].map(|halves| halves.map(|sum| _mm512_srai_epi32::<2>(sum)));
-    sums[2] = sums[2].map(|halves| halves.map(|sum| _mm512_srai_epi32::<4>(sum)));
-    sums[3] = sums[3].map(|halves| halves.map(|sum| _mm512_srai_epi32::<6>(sum)));
+    shift_down::<2>(&mut sums[1]);
+    shift_down::<4>(&mut sums[2]);
+    shift_down::<6>(&mut sums[3]);
     write_sums(&sums, out);
+}
+
+/// Sums of codes that lie `BITS` bits too high.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn shift_down<const BITS: u32>(sums: &mut [[__m512i; 2]]) {
+    for sum in sums.as_flattened_mut() {
+        *sum = _mm512_srai_epi32::<BITS>(*sum);
+    }
 }
 
 /// Adds the products of plane `P` of a tile to the sums of its set: in the set of index `i` codes lie `2 i` bits too high.
@@ -265,7 +281,11 @@ unsafe fn multiply_and_store<const N: usize, const P: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] {
-    halves.map(|half| _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(half), mask))
+    let [first, second] = halves;
+    [
+        _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(first), mask),
+        _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(second), mask),
+    ]
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]

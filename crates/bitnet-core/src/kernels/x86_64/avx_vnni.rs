@@ -1,22 +1,19 @@
 //! AVX2 with VNNI (`vpdpbusd` on 256 bits), for CPUs without AVX-512. As [`super::avx512_vnni`] with half the width.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::{
-    _mm256_add_epi32, _mm256_and_si256, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256,
-    _mm256_srli_epi16,
-};
+use std::arch::x86_64::{_mm256_add_epi32, _mm256_dpbusd_avx_epi32, _mm256_set1_epi8, _mm256_setzero_si256};
 
 use super::{
     PanelSums,
     ahead::Ahead,
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{broadcast, load, prefetch_quarters, unpack, write_quarters},
+    tiles_256::{broadcast, load, lowest_codes, prefetch_quarters, shift_codes, unpack, write_quarters},
 };
 use crate::{
     kernels::{
         Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows},
-        screen::{ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -28,8 +25,9 @@ const BLOCK: usize = 4;
 /// Unpacked panels: 2 x 6 accumulators leave four registers for weights and activations.
 const UNPACKED_BLOCK: usize = 6;
 
-/// Tokens of a block of the screen, each with two halves.
-const SCREEN_BLOCK: usize = UNPACKED_BLOCK / 2;
+/// Tokens of a screen from which multiplying halves takes so much longer than memory that more rows may be scored exactly: half
+/// as many as with AVX-512.
+const BYTES_FROM: usize = 8;
 
 /// From here on several blocks share the work of unpacking a panel.
 const UNPACK_FROM: usize = BLOCK + 1;
@@ -64,6 +62,10 @@ impl TernaryKernel for AvxVnni {
         check_gemv(self, w, x, out);
         // SAFETY: `self` exists only where `detect` saw every feature that is enabled there.
         unsafe { gemv(w, x, out) }
+    }
+
+    fn screen_bits(&self, num_tokens: usize) -> ActivationBits {
+        if num_tokens < BYTES_FROM { ActivationBits::Fourteen } else { ActivationBits::Eight }
     }
 
     fn screen(
@@ -119,10 +121,13 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    screen_by_blocks(w, x, estimates, radii, SCREEN_BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+    screen_by_blocks(w, x, estimates, radii, UNPACKED_BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+        1 => unpacked_gemm::<1, 4, true>(panel, ahead, block, sums),
         2 => unpacked_gemm::<2, 4, true>(panel, ahead, block, sums),
+        3 => unpacked_gemm::<3, 2, true>(panel, ahead, block, sums),
         4 => unpacked_gemm::<4, 2, true>(panel, ahead, block, sums),
-        _ => unpacked_gemm::<{ 2 * SCREEN_BLOCK }, 2, true>(panel, ahead, block, sums),
+        5 => unpacked_gemm::<5, 2, true>(panel, ahead, block, sums),
+        _ => unpacked_gemm::<UNPACKED_BLOCK, 2, true>(panel, ahead, block, sums),
     });
 }
 
@@ -143,8 +148,8 @@ fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block:
             // SAFETY: the tile's 128 bytes lie inside the panel.
             let mut quarters: [_; Q] = unsafe { load(panel, tile, first_quarter) };
             for plane in 0..4 {
-                let weights = quarters.map(|quarter| _mm256_and_si256(quarter, mask));
-                quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+                let weights = lowest_codes(quarters, mask);
+                shift_codes(&mut quarters);
                 for (token, sums) in sums[plane % const { if N == 1 { 2 } else { 1 } }].iter_mut().enumerate() {
                     // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
                     let x = unsafe { broadcast(block, (4 * tile + plane) * N + token) };

@@ -57,7 +57,7 @@ macro_rules! by_tokens {
 }
 use by_tokens;
 
-/// Tokens, or halves of a screen's, of a block at most.
+/// Rows of codes of a block at most.
 const MAX_BLOCK: usize = 12;
 
 /// Scratch of the product in progress, kept between products.
@@ -164,8 +164,8 @@ fn gemm_by_blocks(
 /// Changes interleaved activations as a kernel likes them.
 type Prepare<'f> = &'f dyn Fn(&mut [i8]);
 
-/// The screen of some tokens, in blocks of at most `block`: `multiply(panel, ahead, block, sums)` sets the sums of one panel
-/// for pairs of high and low halves, interleaved as tokens are, and as `prepare` leaves them.
+/// The screen of some tokens, in blocks of at most `block` rows of codes: `multiply(panel, ahead, block, sums)` sets the sums
+/// of one panel for them, interleaved as tokens are, and as `prepare` leaves them.
 #[inline(always)]
 fn screen_by_blocks(
     w: &ScreenRows<'_>,
@@ -178,22 +178,27 @@ fn screen_by_blocks(
 ) {
     let cols = w.cols().next_multiple_of(4);
     let num_tokens = x.num_tokens();
-    let block_tokens = equal_blocks(num_tokens, block);
+    let code_rows = x.code_rows();
+    let block_tokens = equal_blocks(num_tokens, block / code_rows);
     let num_blocks = num_tokens.div_ceil(block_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
-    let of = (x.version(), 2 * num_tokens, 2 * block_tokens, cols);
-    let interleaved = scratch.interleaved.get(of, |half| x.halves(half), prepare);
+    let of = (x.version(), code_rows * num_tokens, code_rows * block_tokens, cols);
+    let interleaved = scratch.interleaved.get(of, |row| x.codes(row), prepare);
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
         let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let ahead = Ahead::of(panel, w.asks_ahead(num_tokens));
-        for (index, block) in interleaved.chunks(2 * block_tokens * cols).enumerate() {
+        for (index, block) in interleaved.chunks(code_rows * block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
             multiply(panel, ahead.part(index, num_blocks), block, sums);
-            for (token, sums) in (index * block_tokens..).zip(sums.as_chunks().0) {
+            for (token, sums) in (index * block_tokens..).zip(sums.chunks_exact(code_rows)) {
                 let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
                 let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
-                write_screen(sums, bounds, x.row(token), estimates, radii);
+                let sums = match *sums {
+                    [high, low] => [high, low],
+                    _ => [x.outlier_sums(token, panel), sums[0]],
+                };
+                write_screen(&sums, bounds, x.row(token), estimates, radii);
             }
         }
     }

@@ -25,9 +25,29 @@ pub(super) fn unpack(panel: &[u8], unpacked: &mut [u8]) {
         // SAFETY: the tile's 128 bytes lie inside the panel.
         let mut quarters: [_; 4] = unsafe { load(panel, tile, 0) };
         for step in unpacked.as_chunks_mut::<TILE_BYTES>().0 {
-            store_bytes(quarters.map(|quarter| _mm256_and_si256(quarter, mask)), step);
-            quarters = quarters.map(|quarter| _mm256_srli_epi16::<2>(quarter));
+            store_bytes(lowest_codes(quarters, mask), step);
+            shift_codes(&mut quarters);
         }
+    }
+}
+
+/// The codes at the bits of `mask`. Here and in all of these kernels loops, not `map`: it is compiled without their instructions
+/// where it is not inlined, and then takes its vectors from memory.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn lowest_codes<const Q: usize>(mut quarters: [__m256i; Q], mask: __m256i) -> [__m256i; Q] {
+    for quarter in &mut quarters {
+        *quarter = _mm256_and_si256(*quarter, mask);
+    }
+    quarters
+}
+
+/// Moves the codes of the next plane to the lowest bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn shift_codes<const Q: usize>(quarters: &mut [__m256i; Q]) {
+    for quarter in quarters {
+        *quarter = _mm256_srli_epi16::<2>(*quarter);
     }
 }
 
