@@ -40,7 +40,7 @@ pub fn self_test() -> Vec<(&'static str, Result<(), SelfTestFailure>)> {
 pub(super) fn test(kernel: &dyn TernaryKernel) -> Result<(), SelfTestFailure> {
     let mut pool = WorkerPool::new(1);
     // Every number of tokens that has code of its own, and enough of them for panels to be unpacked.
-    for num_tokens in (1..=13).chain([26]) {
+    for num_tokens in 1..=26 {
         test_case(&Case::mixed(45, 180, num_tokens), kernel, &mut pool)?;
     }
     for (weight, x) in [(1, 1.0), (1, -1.0), (-1, 1.0), (-1, -1.0)] {

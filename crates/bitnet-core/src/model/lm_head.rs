@@ -72,7 +72,7 @@ impl FloatOp for ScoreTokens<'_> {
                 }
                 decode_row(self.isa, self.head, id as usize, row);
             }
-            dot_rows(decoded, self.hidden, cols, unchanged, (0, &mut ColumnsMut::new(out, ids.len())));
+            dot_rows(decoded, self.hidden, cols, (0, &mut ColumnsMut::new(out, ids.len())));
         }
     }
 }
@@ -153,84 +153,41 @@ impl FloatOp for Score<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
-        match self.head.encoding {
-            DenseEncoding::F32 => self.score(f32_from_le_bytes),
-            DenseEncoding::F16 => self.score_f16(),
-            DenseEncoding::Bf16 => self.score(bf16_from_le_bytes),
-            DenseEncoding::Q8_0 | DenseEncoding::Q6K | DenseEncoding::Q4_0 => self.score_decoded(),
-        }
-    }
-}
-
-impl Score<'_> {
-    /// Rows of plain floats, widened in registers.
-    #[inline(always)]
-    fn score<const BYTES: usize>(mut self, widen: impl Fn([u8; BYTES]) -> f32 + Copy) {
+    fn call(mut self) {
         let cols = self.head.cols;
-        let data = &self.head.data.bytes().as_chunks::<BYTES>().0[self.rows.start * cols..self.rows.end * cols];
-        for (rows, first) in data.chunks(ROWS * cols).zip((0..).step_by(ROWS)) {
-            dot_rows(rows, self.hidden, cols, widen, (first, &mut self.out));
-        }
-    }
-
-    /// Rows of halves.
-    #[inline(always)]
-    fn score_f16(mut self) {
-        let cols = self.head.cols;
-        let data = &self.head.data.bytes().as_chunks().0[self.rows.start * cols..self.rows.end * cols];
-        for (rows, first) in data.chunks(ROWS * cols).zip((0..).step_by(ROWS)) {
-            let decoded = &mut self.decoded[..rows.len()];
-            decode_halves(self.isa, rows, decoded);
-            dot_rows(decoded, self.hidden, cols, unchanged, (first, &mut self.out));
-        }
-    }
-
-    #[inline(always)]
-    fn score_decoded(mut self) {
-        let cols = self.head.cols;
-        for (column, row) in self.rows.clone().enumerate() {
-            let decoded = &mut self.decoded[..cols];
-            self.head.decode_row(row, decoded);
-            dot_rows(decoded, self.hidden, cols, unchanged, (column, &mut self.out));
+        let num_rows = self.rows.len();
+        for column in (0..num_rows).step_by(ROWS) {
+            let decoded = &mut self.decoded[..ROWS.min(num_rows - column) * cols];
+            for (row, index) in decoded.chunks_exact_mut(cols).zip(self.rows.start + column..) {
+                decode_row(self.isa, self.head, index, row);
+            }
+            dot_rows(decoded, self.hidden, cols, (column, &mut self.out));
         }
     }
 }
 
 /// `out[token][column + r] = rows[r] . hidden[token]` of at most [`ROWS`] rows. `rows: [_, cols]`, `hidden: [num_tokens, cols]`
 #[inline(always)]
-fn dot_rows<W: Copy>(
-    rows: &[W],
-    hidden: &[f32],
-    cols: usize,
-    widen: impl Fn(W) -> f32 + Copy,
-    (column, out): (usize, &mut ColumnsMut<'_>),
-) {
+fn dot_rows(rows: &[f32], hidden: &[f32], cols: usize, (column, out): (usize, &mut ColumnsMut<'_>)) {
     if rows.len() == ROWS * cols {
-        dot_tokens::<_, ROWS>(rows, hidden, cols, widen, (column, out));
+        dot_tokens::<ROWS>(rows, hidden, cols, (column, out));
         return;
     }
     for (row, column) in rows.chunks_exact(cols).zip(column..) {
-        dot_tokens::<_, 1>(row, hidden, cols, widen, (column, out));
+        dot_tokens::<1>(row, hidden, cols, (column, out));
     }
 }
 
 /// [`dot_rows`] of `R` rows.
 #[inline(always)]
-fn dot_tokens<W: Copy, const R: usize>(
-    rows: &[W],
-    hidden: &[f32],
-    cols: usize,
-    widen: impl Fn(W) -> f32 + Copy,
-    (column, out): (usize, &mut ColumnsMut<'_>),
-) {
+fn dot_tokens<const R: usize>(rows: &[f32], hidden: &[f32], cols: usize, (column, out): (usize, &mut ColumnsMut<'_>)) {
     for (tokens, first) in hidden.chunks(TOKENS * cols).zip((0..).step_by(TOKENS)) {
         let mut tile = [[0.0; R]; TOKENS];
         match tokens.len() / cols {
-            1 => dot_tile::<_, R, 1>(rows, tokens, cols, widen, &mut tile),
-            2 => dot_tile::<_, R, 2>(rows, tokens, cols, widen, &mut tile),
-            3 => dot_tile::<_, R, 3>(rows, tokens, cols, widen, &mut tile),
-            _ => dot_tile::<_, R, TOKENS>(rows, tokens, cols, widen, &mut tile),
+            1 => dot_tile::<R, 1>(rows, tokens, cols, &mut tile),
+            2 => dot_tile::<R, 2>(rows, tokens, cols, &mut tile),
+            3 => dot_tile::<R, 3>(rows, tokens, cols, &mut tile),
+            _ => dot_tile::<R, TOKENS>(rows, tokens, cols, &mut tile),
         }
         for (token, dots) in (first..out.num_rows()).zip(tile) {
             out.row_mut(token)[column..column + R].copy_from_slice(&dots);
@@ -240,58 +197,38 @@ fn dot_tokens<W: Copy, const R: usize>(
 
 /// `out[t][r] = rows[r] . tokens[t]`, each in 16 lanes of fused multiply-adds and the tree.
 #[inline(always)]
-fn dot_tile<W: Copy, const R: usize, const T: usize>(
-    rows: &[W],
-    tokens: &[f32],
-    cols: usize,
-    widen: impl Fn(W) -> f32 + Copy,
-    out: &mut [[f32; R]],
-) {
+fn dot_tile<const R: usize, const T: usize>(rows: &[f32], tokens: &[f32], cols: usize, out: &mut [[f32; R]]) {
     let rows: [_; R] = std::array::from_fn(|r| rows[r * cols..][..cols].as_chunks::<LANES>());
     let tokens: [_; T] = std::array::from_fn(|t| tokens[t * cols..][..cols].as_chunks::<LANES>());
     let mut sums = [[[0.0; LANES]; R]; T];
     for step in 0..cols / LANES {
         for r in 0..R {
-            let mut weights = [0.0; LANES];
-            for (weight, stored) in weights.iter_mut().zip(&rows[r].0[step]) {
-                *weight = widen(*stored);
-            }
             for t in 0..T {
-                sums[t][r] = multiply_add(sums[t][r], &weights, &tokens[t].0[step], unchanged);
+                sums[t][r] = multiply_add(sums[t][r], &rows[r].0[step], &tokens[t].0[step]);
             }
         }
     }
     for t in 0..T {
         for r in 0..R {
-            out[t][r] = math::lane_tree(&multiply_add_tail(sums[t][r], rows[r].1, tokens[t].1, widen));
+            out[t][r] = math::lane_tree(&multiply_add_tail(sums[t][r], rows[r].1, tokens[t].1));
         }
     }
 }
 
 /// `sums + weights * x`, fused, lane by lane.
 #[inline(always)]
-fn multiply_add<W: Copy>(
-    mut sums: [f32; LANES],
-    weights: &[W; LANES],
-    x: &[f32; LANES],
-    widen: impl Fn(W) -> f32,
-) -> [f32; LANES] {
+fn multiply_add(mut sums: [f32; LANES], weights: &[f32; LANES], x: &[f32; LANES]) -> [f32; LANES] {
     for lane in 0..LANES {
-        sums[lane] = widen(weights[lane]).mul_add(x[lane], sums[lane]);
+        sums[lane] = weights[lane].mul_add(x[lane], sums[lane]);
     }
     sums
 }
 
 /// [`multiply_add`] of the last, shorter step.
 #[inline(always)]
-fn multiply_add_tail<W: Copy>(
-    mut sums: [f32; LANES],
-    weights: &[W],
-    x: &[f32],
-    widen: impl Fn(W) -> f32,
-) -> [f32; LANES] {
+fn multiply_add_tail(mut sums: [f32; LANES], weights: &[f32], x: &[f32]) -> [f32; LANES] {
     for ((sum, weight), x) in sums.iter_mut().zip(weights).zip(x) {
-        *sum = widen(*weight).mul_add(*x, *sum);
+        *sum = weight.mul_add(*x, *sum);
     }
     sums
 }
@@ -313,11 +250,6 @@ fn bf16_from_le_bytes(bytes: [u8; 2]) -> f32 {
     math::bf16_to_f32(u16::from_le_bytes(bytes))
 }
 
-#[inline(always)]
-fn unchanged(value: f32) -> f32 {
-    value
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,7 +262,7 @@ mod tests {
             let (rows, hidden): (Vec<_>, Vec<_>) = (values(3, 7 * len).collect(), values(9, 6 * len).collect());
             let mut out = [0.0; 6 * 7];
             for (tile, first) in rows.chunks(ROWS * len).zip([0, ROWS]) {
-                dot_rows(tile, &hidden, len, unchanged, (first, &mut ColumnsMut::new(&mut out, 7)));
+                dot_rows(tile, &hidden, len, (first, &mut ColumnsMut::new(&mut out, 7)));
             }
             for (x, out) in hidden.chunks_exact(len).zip(out.chunks_exact(7)) {
                 for (row, out) in rows.chunks_exact(len).zip(out) {

@@ -92,12 +92,11 @@ pub fn quantize_weights(weights: &[f32], codes: &mut [i8]) -> WeightRow {
 /// Writes the high and low halves of the biased codes of an input; absmax, ties to even.
 #[inline(always)]
 pub fn split_activations(x: &[f32], high: &mut [i8], low: &mut [i8]) -> SplitRow {
-    let rounding = (x.len() / 16 + 8) as f32 * (1.01 / (1 << 24) as f32);
     let absmax = absmax(x);
     if !absmax.is_finite() {
         high.fill(0);
         low.fill(0);
-        return SplitRow { norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding, ..SplitRow::default() };
+        return SplitRow::UNBOUNDED;
     }
     let step = absmax.max(TINY) / MAX_ACTIVATION_CODE as f32;
     let inverse = MAX_ACTIVATION_CODE as f32 / absmax.max(TINY);
@@ -114,7 +113,7 @@ pub fn split_activations(x: &[f32], high: &mut [i8], low: &mut [i8]) -> SplitRow
         step,
         norm: round_up(norm(x, f64::from)),
         residual_norm: round_up(residual),
-        rounding,
+        rounding: rounding(x.len()),
     }
 }
 
@@ -150,12 +149,11 @@ pub fn quantize_activations(x: &[f32], codes: &mut [i8], outliers: &mut Outliers
     const LARGEST: f32 = 127.0;
     /// No code is so large that its low byte and high part lose anything.
     const MOST: i32 = 127 * OUTLIER_WEIGHT;
-    let rounding = (x.len() / 16 + 8) as f32 * (1.01 / (1 << 24) as f32);
     outliers.len = 0;
     let absmax = absmax(x);
     if !absmax.is_finite() {
         codes.fill(0);
-        return SplitRow { norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding, ..SplitRow::default() };
+        return SplitRow::UNBOUNDED;
     }
     let length = norm(x, f64::from);
     let mut most = (length / (x.len() as f64).sqrt()) as f32 * OUTLIERS_FROM;
@@ -183,8 +181,14 @@ pub fn quantize_activations(x: &[f32], codes: &mut [i8], outliers: &mut Outliers
         step,
         norm: round_up(length),
         residual_norm: round_up(residual),
-        rounding,
+        rounding: rounding(x.len()),
     }
+}
+
+/// What the additions of an exact product of `len` values can be off by, relatively.
+#[inline(always)]
+fn rounding(len: usize) -> f32 {
+    (len / 16 + 8) as f32 * (1.01 / (1 << 24) as f32)
 }
 
 /// Values whose magnitude is larger than `most`.
@@ -204,6 +208,10 @@ impl WeightRow {
 }
 
 impl SplitRow {
+    /// Of an input with a value that is not finite: no row is ruled out.
+    const UNBOUNDED: Self =
+        Self { high_weight: 0, bias: 0, step: 0.0, norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding: 0.0 };
+
     /// No less than the distance between `estimate` and the row's product in 16-lane `f32` arithmetic; never NaN.
     #[inline(always)]
     pub fn radius(&self, row: &WeightRow, estimate: f32) -> f32 {

@@ -148,7 +148,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
-        // Blocks of equal size are no smaller when there are two or more.
+        // The first of two or more blocks of equal size has at least half of 13 tokens.
         let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
         };
@@ -302,15 +302,16 @@ pub(super) fn multiply_unpacked(panel: &[u8], ahead: Ahead, block: &[i8], sums: 
 fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_steps = num_tiles(panel, block, 1, N);
     let num_pairs = num_steps.div_ceil(2);
+    let (in_runs, in_order) = (ahead.in_runs(num_pairs), ahead.in_order(num_pairs));
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     // SAFETY: 128 bytes, and 4 codes a token, for each of the steps: checked by `num_tiles`.
     unsafe {
         for pair in 0..num_steps / 2 {
             // Weights of a screen are as long in memory as here, packed ones a quarter.
             if SCREEN {
-                ahead.in_runs(num_pairs).prefetch::<4>(pair);
+                in_runs.prefetch::<4>(pair);
             } else {
-                ahead.in_order(num_pairs).prefetch::<1>(pair);
+                in_order.prefetch::<1>(pair);
             }
             let block = block.as_ptr().add(8 * N * pair);
             multiply_step::<N, 0, SCREEN>(load(panel, 2 * pair), block, &mut sums);
