@@ -8,8 +8,9 @@
 use std::{
     arch::asm,
     arch::x86_64::{
-        __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi8,
-        _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_srli_epi16, _mm512_storeu_si512,
+        __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
+        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32,
+        _mm512_srli_epi16, _mm512_storeu_si512,
     },
     ops::Range,
 };
@@ -35,6 +36,9 @@ pub(super) const BLOCK: usize = 12;
 
 /// Tokens of a screen from which multiplying halves takes so much longer than memory that more rows may be scored exactly.
 const BYTES_FROM: usize = 16;
+
+/// Pairs of steps that pass between asking for activations and multiplying them: some 200 cycles.
+const PAIRS_AHEAD: usize = 8;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
 #[derive(Debug)]
@@ -314,6 +318,11 @@ fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: Ahead,
                 in_order.prefetch::<1>(pair);
             }
             let block = block.as_ptr().add(8 * N * pair);
+            if !SCREEN {
+                // Panel and block together exceed the first-level cache. The hardware fetches the panel back, but not the block.
+                _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PAIRS_AHEAD * 8 * N));
+                _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PAIRS_AHEAD * 8 * N + 4 * N));
+            }
             multiply_step::<N, 0, SCREEN>(load(panel, 2 * pair), block, &mut sums);
             multiply_step::<N, 1, SCREEN>(load(panel, 2 * pair + 1), block, &mut sums);
         }

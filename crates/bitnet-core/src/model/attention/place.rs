@@ -1,4 +1,4 @@
-//! Which worker does what: units of work in row order, cut into equal shares of their cost, between partitions where need be.
+//! Which worker does what: units of work in a fixed order, cut into equal shares of their cost, between partitions where need be.
 
 use super::{PARTITION, QuerySpan};
 
@@ -21,13 +21,15 @@ pub(super) struct Placed<'a> {
     num_threads: usize,
 }
 
-/// All units in order, balanced by visible positions: a partition belongs to the worker in whose equal share of the total
-/// cost its middle lies.
+/// All units: sequence by sequence, and head by head within one, for all its spans read the same keys and values. Balanced by
+/// visible positions: a partition belongs to the worker in whose equal share of the total cost its middle lies.
 pub(super) fn place(spans: &[QuerySpan], num_kv_heads: usize, num_threads: usize) -> impl Iterator<Item = Placed<'_>> {
     let cost = |span: &QuerySpan| span.rows.len() * (span.start + span.rows.len());
     let total = spans.iter().map(cost).sum::<usize>() * num_kv_heads;
     let (mut before, mut num_cut) = (0, 0);
-    let units = spans.iter().flat_map(move |span| (0..num_kv_heads).map(move |head| (span, head)));
+    let sequences = spans.chunk_by(QuerySpan::same_sequence);
+    let units = sequences
+        .flat_map(move |spans| (0..num_kv_heads).flat_map(move |head| spans.iter().map(move |span| (span, head))));
     units.map(move |(span, head)| {
         let mut placed = Placed { span, head, first: 0, last: 0, slot: None, before, total, num_threads };
         (placed.first, placed.last) = (placed.worker_of(0), placed.worker_of(num_partitions(span) - 1));

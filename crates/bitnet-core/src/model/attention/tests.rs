@@ -91,7 +91,7 @@ fn every_kernel_follows_the_specification_to_the_bit() {
 fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
     let table: Vec<_> = (0..NUM_BLOCKS as u32).map(BlockId).collect();
     let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
-    let tokens = [TokenId(0); 30];
+    let tokens = [TokenId(0); 60];
     let sequence = |len: usize, start, block| BatchSequence {
         tokens: &tokens[..len],
         start,
@@ -100,12 +100,13 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
         logits: LogitRows::None,
     };
     let batch =
-        Batch::checked(&limits, &[sequence(30, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
+        Batch::checked(&limits, &[sequence(60, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
     for num_threads in [1, 2, 3, 5, 16] {
         let placed: Vec<_> = place(batch.spans(), 3, num_threads).collect();
         let units: Vec<_> = placed.iter().map(|placed| (placed.span.rows.start, placed.head)).collect();
-        let starts = [0, 16, 30, 31];
-        let expected: Vec<_> = starts.into_iter().flat_map(|row| (0..3).map(move |head| (row, head))).collect();
+        let sequences = [&[0, 48][..], &[60], &[61]];
+        let heads = sequences.iter().flat_map(|spans| (0..3).map(move |head| (spans, head)));
+        let expected: Vec<_> = heads.flat_map(|(spans, head)| spans.iter().map(move |&row| (row, head))).collect();
         assert_eq!(units, expected);
         let mut slots = 0..num_threads - 1;
         for placed in &placed {
