@@ -319,7 +319,7 @@ fn unpacked_gemm<const N: usize, const SCREEN: bool>(panel: &[u8], ahead: Ahead,
             }
             let block = block.as_ptr().add(8 * N * pair);
             if !SCREEN {
-                // Panel and block together exceed the first-level cache. The hardware fetches the panel back, but not the block.
+                // Panel and block together exceed the first-level cache. The hardware fetches the panel back, the block not always.
                 _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PAIRS_AHEAD * 8 * N));
                 _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PAIRS_AHEAD * 8 * N + 4 * N));
             }
