@@ -10,7 +10,7 @@ use bitnet_core::{
         limits::{Limits, Ruler},
     },
     kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
-    model::{BatchSequence, LogitRows, Workspace},
+    model::{BatchSequence, LogitRows, Screened, Workspace},
     sampling::{SampleKey, Sampler, SamplingParams},
     threads::WorkerPool,
 };
@@ -204,7 +204,7 @@ impl Bench {
             let rows = first..num_rows.min(first + group);
             if self.model.has_screen() {
                 self.model.screen(rows.clone(), &mut self.workspace);
-                chosen.extend(rows.map(|row| self.choose_screened(row, row - first)));
+                chosen.extend(rows.map(|row| self.choose_screened(row)));
             } else {
                 let vocab_size = self.model.config().vocab_size;
                 let logits = self.model.logits(rows, &mut self.workspace);
@@ -217,11 +217,11 @@ impl Bench {
         chosen
     }
 
-    fn choose_screened(&mut self, row: usize, index: usize) -> TokenId {
-        let screened = self.workspace.screened(index);
-        let ids = self.sampler.candidates(screened.estimates, screened.radii, None, &self.greedy, KEY);
-        let logits = self.model.score(row, ids.unwrap_or_default(), &mut self.workspace);
-        self.sampler.sample_among(logits, &self.greedy, KEY).ok().flatten().unwrap_or(TokenId(0))
+    fn choose_screened(&mut self, row: usize) -> TokenId {
+        let (Screened { estimates, radii }, mut scorer) = self.model.screened(row, &mut self.workspace);
+        let score = &mut |ids: &[u32], logits: &mut [f32]| scorer.score(ids, logits);
+        let chosen = self.sampler.sample_screened((estimates, radii), None, &self.greedy, KEY, score);
+        chosen.ok().flatten().unwrap_or(TokenId(0))
     }
 
     fn some_token(&self, index: usize) -> TokenId {

@@ -104,7 +104,7 @@ impl Model {
             num_rows <= workspace.max_batch_tokens() && batch.num_blocks() <= kv.num_blocks(),
             "another batch's sizes"
         );
-        workspace.num_logit_rows = 0;
+        (workspace.num_logit_rows, workspace.screened_rows) = (0, 0..0);
         let eps = self.config.rms_norm_eps;
         let norm = |weight| RmsNorm::new(weight, eps);
         let (hidden_size, intermediate_size) = (self.config.hidden_size, self.config.intermediate_size);

@@ -9,6 +9,7 @@ use std::{convert::Infallible, ops::Range};
 use super::{
     Model, Workspace,
     lm_head::{ROWS, ScoreTokens},
+    workspace::Buffers,
 };
 use crate::{
     checkpoint::DenseMatrix,
@@ -33,6 +34,38 @@ pub struct Screened<'a> {
     pub radii: &'a [f32],
 }
 
+/// Computes single logits of a row.
+#[derive(Debug)]
+pub struct Scorer<'a> {
+    model: &'a Model,
+    /// `[hidden_size]`
+    hidden: &'a [f32],
+    pool: &'a mut WorkerPool,
+    /// `[num_threads, ROWS, hidden_size]` of scratch.
+    decoded: &'a mut [f32],
+}
+
+impl Scorer<'_> {
+    /// `logits[i]` is that of the token `ids[i]`: the bits that [`Model::logits`] has there.
+    ///
+    /// # Panics
+    /// When an id is outside the vocabulary, or the lengths differ.
+    pub fn score(&mut self, ids: &[u32], logits: &mut [f32]) {
+        assert_eq!(ids.len(), logits.len(), "a logit for each id");
+        let (head, isa, hidden) = (self.model.head(), self.model.kernel.isa(), self.hidden);
+        if ids.len() < MIN_TOKENS_TO_SPLIT {
+            isa.run(ScoreTokens { isa, head, ids, hidden, decoded: self.decoded, out: logits });
+            return;
+        }
+        let (out, decoded) = (SharedRows::new(logits, 1), SharedRows::new(self.decoded, ROWS * head.cols));
+        self.pool.run(&|worker| {
+            let share = worker.share(ids.len(), 1);
+            let decoded = decoded.claim(worker.index()..worker.index() + 1);
+            isa.run(ScoreTokens { isa, head, ids: &ids[share.clone()], hidden, decoded, out: out.claim(share) });
+        });
+    }
+}
+
 impl Model {
     /// Whether the head is large enough to have a screen.
     pub fn has_screen(&self) -> bool {
@@ -40,7 +73,7 @@ impl Model {
     }
 
     /// Estimates all logits of rows `rows` among those that asked for them in the last `forward`, in batch order, for
-    /// [`Workspace::screened`]. At most [`Workspace::MAX_SCREENED_ROWS`] at once.
+    /// [`Model::screened`]. At most [`Workspace::MAX_SCREENED_ROWS`] at once.
     ///
     /// # Panics
     /// When the model has no screen, or `rows` reaches beyond the rows that asked or is longer than the maximum.
@@ -49,6 +82,7 @@ impl Model {
         assert!(workspace.fits(self) && rows.end <= workspace.num_logit_rows, "rows that asked for no logits");
         assert!(rows.len() <= Workspace::MAX_SCREENED_ROWS, "{} rows screened at once", rows.len());
         let (kernel, num_rows) = (self.kernel, rows.len());
+        workspace.screened_rows = rows.clone();
         let buffers = &mut workspace.buffers;
         let hidden = &buffers.normed[rows.start * screen.cols()..rows.end * screen.cols()];
         buffers.screen_inputs.fill(hidden, kernel.screen_bits(num_rows), kernel.isa());
@@ -63,41 +97,28 @@ impl Model {
         });
     }
 
-    /// The logits of the tokens `ids` in row `row` among those that asked for them in the last `forward`: the bits that
-    /// [`Model::logits`] has there.
+    /// Computes logits of row `row` among those that asked for them in the last `forward`.
     ///
     /// # Panics
-    /// When `row` asked for no logits, an id is outside the vocabulary, there are more ids than tokens, or the model has
-    /// no screen.
-    pub fn score<'w>(&self, row: usize, ids: &[u32], workspace: &'w mut Workspace) -> &'w [f32] {
+    /// When there is no such row.
+    pub fn scorer<'a>(&'a self, row: usize, workspace: &'a mut Workspace) -> Scorer<'a> {
         assert!(workspace.fits(self) && row < workspace.num_logit_rows, "a row that asked for no logits");
-        let (head, isa) = (self.head(), self.kernel.isa());
-        let hidden = &workspace.buffers.normed[row * head.cols..][..head.cols];
-        let scores = &mut workspace.buffers.scores[..ids.len()];
-        let decoded = &mut workspace.buffers.head_rows;
-        if ids.len() < MIN_TOKENS_TO_SPLIT {
-            isa.run(ScoreTokens { isa, head, ids, hidden, decoded, out: scores });
-            return scores;
-        }
-        let (out, decoded) = (SharedRows::new(&mut *scores, 1), SharedRows::new(decoded, ROWS * head.cols));
-        workspace.pool.run(&|worker| {
-            let share = worker.share(ids.len(), 1);
-            let decoded = decoded.claim(worker.index()..worker.index() + 1);
-            isa.run(ScoreTokens { isa, head, ids: &ids[share.clone()], hidden, decoded, out: out.claim(share) });
-        });
-        scores
+        let hidden = &workspace.buffers.normed[row * self.head().cols..][..self.head().cols];
+        Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: &mut workspace.buffers.head_rows }
     }
-}
 
-impl Workspace {
-    /// What the last [`Model::screen`] says of the `index`-th of its rows.
+    /// What the last [`Model::screen`] says of row `row`, and its [`Model::scorer`].
     ///
     /// # Panics
-    /// When there can be no such row.
-    pub fn screened(&self, index: usize) -> Screened<'_> {
-        let vocab_size = self.buffers.scores.len();
-        let row = index * vocab_size..(index + 1) * vocab_size;
-        Screened { estimates: &self.buffers.estimates[row.clone()], radii: &self.buffers.radii[row] }
+    /// When it was not one of those screened.
+    pub fn screened<'a>(&'a self, row: usize, workspace: &'a mut Workspace) -> (Screened<'a>, Scorer<'a>) {
+        assert!(workspace.fits(self) && workspace.screened_rows.contains(&row), "a row that was not screened");
+        let (hidden_size, vocab_size) = (self.head().cols, self.head().rows);
+        let logits = (row - workspace.screened_rows.start) * vocab_size..;
+        let Buffers { normed, estimates, radii, head_rows, .. } = &mut workspace.buffers;
+        let (estimates, radii) = (&estimates[logits.clone()][..vocab_size], &radii[logits][..vocab_size]);
+        let hidden = &normed[row * hidden_size..][..hidden_size];
+        (Screened { estimates, radii }, Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: head_rows })
     }
 }
 
@@ -188,14 +209,15 @@ mod tests {
                 let exact = model.logits(0..Workspace::MAX_LOGIT_ROWS, &mut workspace).to_vec();
                 model.screen(0..Workspace::MAX_LOGIT_ROWS, &mut workspace);
                 for (row, exact) in exact.chunks_exact(VOCAB).enumerate() {
-                    let Screened { estimates, radii } = workspace.screened(row);
+                    let (Screened { estimates, radii }, mut scorer) = model.screened(row, &mut workspace);
                     let ids = selection.candidates(estimates, radii, 1, kernel.isa());
-                    let scores = model.score(row, ids, &mut workspace);
+                    let mut scores = vec![0.0; ids.len()];
+                    scorer.score(ids, &mut scores);
                     let max = exact.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     let best = exact.iter().position(|&logit| logit == max).expect("not empty");
                     let chosen = scores.iter().position(|&score| score == max).map(|index| ids[index] as usize);
                     assert_eq!(chosen, Some(best), "{} row {row} of round {round}", kernel.name());
-                    for (&id, score) in ids.iter().zip(scores) {
+                    for (&id, score) in ids.iter().zip(&scores) {
                         assert_eq!(score.to_bits(), exact[id as usize].to_bits());
                     }
                     num_scored += ids.len();
@@ -215,9 +237,9 @@ mod tests {
         workspace.buffers.normed[5] = f32::NAN;
         workspace.num_logit_rows = 1;
         model.screen(0..1, &mut workspace);
-        let Screened { estimates, radii } = workspace.screened(0);
+        let (Screened { estimates, radii }, mut scorer) = model.screened(0, &mut workspace);
         let mut selection = Selection::default();
         assert_eq!(selection.candidates(estimates, radii, 1, kernel.isa()).len(), VOCAB);
-        assert!(model.score(0, &[], &mut workspace).is_empty());
+        scorer.score(&[], &mut []);
     }
 }

@@ -1,5 +1,7 @@
 //! Scratch memory of the forward pass, allocated once.
 
+use std::ops::Range;
+
 use super::{Model, attention, lm_head, sparse::SparseScratch};
 use crate::{
     checkpoint::ModelConfig,
@@ -15,6 +17,8 @@ pub struct Workspace {
     pub(super) buffers: Buffers,
     /// Rows of `buffers.normed` that hold final hidden states.
     pub(super) num_logit_rows: usize,
+    /// Those of them that were screened.
+    pub(super) screened_rows: Range<usize>,
     config: ModelConfig,
     max_batch_tokens: usize,
     max_context: usize,
@@ -61,8 +65,6 @@ pub(super) struct Buffers {
     pub(super) screen_inputs: ScreenInputs,
     pub(super) estimates: AlignedVec<f32>,
     pub(super) radii: AlignedVec<f32>,
-    /// Exact logits of single tokens, `[vocab_size]`.
-    pub(super) scores: AlignedVec<f32>,
 }
 
 /// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
@@ -97,7 +99,8 @@ impl Workspace {
         let sparse_channels = if model.has_sparse_ffn() { model.config().intermediate_size } else { 0 };
         let limits = BufferLimits { max_batch_tokens, max_context, max_screened_rows, sparse_channels };
         let buffers = Buffers::new(model.config(), &limits, pool.num_threads());
-        Self { pool, buffers, num_logit_rows: 0, config: model.config().clone(), max_batch_tokens, max_context }
+        let config = model.config().clone();
+        Self { pool, buffers, num_logit_rows: 0, screened_rows: 0..0, config, max_batch_tokens, max_context }
     }
 
     /// Pins the calling thread beside the pool's workers: see [`WorkerPool::pin_caller`].
@@ -169,7 +172,6 @@ impl Buffers {
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
             estimates: AlignedVec::new(max_screened_rows * vocab_size),
             radii: AlignedVec::new(max_screened_rows * vocab_size),
-            scores: AlignedVec::new(max_screened_rows.min(1) * vocab_size),
         }
     }
 
@@ -198,7 +200,7 @@ impl Buffers {
     fn bytes(&self) -> usize {
         let row_buffers = [&self.x, &self.normed, &self.angles, &self.q, &self.k, &self.v, &self.attended];
         let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention, &self.partials];
-        let head_buffers = [&self.head_rows, &self.logits, &self.estimates, &self.radii, &self.scores];
+        let head_buffers = [&self.head_rows, &self.logits, &self.estimates, &self.radii];
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
         floats.map(|buffer| size_of_val(&buffer[..])).sum::<usize>()
             + self.quantized.bytes()

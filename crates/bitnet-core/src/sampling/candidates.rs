@@ -6,11 +6,11 @@ use crate::kernels::{
     math::{LANES, exp, lane_tree},
 };
 
-/// An id and the most its noisy score can be.
+/// An id and the most its logit, or its noisy score, can be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reach {
     pub(super) id: u32,
-    upper: f32,
+    pub(super) upper: f32,
 }
 
 /// Ids, ascending, whose `logit / temperature + noise` can be the largest, ties included, when each logit lies within its
@@ -127,7 +127,7 @@ const WHOLE_ROW_SHARE: usize = 16;
 
 /// False for NaN.
 #[inline(always)]
-fn is_below(upper: f32, best: f32) -> bool {
+pub(super) fn is_below(upper: f32, best: f32) -> bool {
     upper < best
 }
 

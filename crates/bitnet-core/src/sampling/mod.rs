@@ -17,7 +17,7 @@ mod tests;
 
 pub use mask::TokenMask;
 pub use params::{InvalidSamplingParam, SamplingParams};
-pub use sampler::Sampler;
+pub use sampler::{Sampler, Score};
 
 use crate::ids::TokenId;
 

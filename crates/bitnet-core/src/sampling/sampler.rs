@@ -6,7 +6,7 @@
 
 use super::{
     NotFinite, SampleKey, SamplingParams, TokenLogprobs,
-    candidates::{NoisyCandidates, Reach, Rest, Split},
+    candidates::{NoisyCandidates, Reach, Rest, Split, is_below},
     mask::TokenMask,
     noise::{Noise, gumbel},
     processors::LogitsProcessors,
@@ -21,6 +21,9 @@ use crate::{
     },
 };
 
+/// Sets `logits[i]` to the exact logit of `ids[i]`.
+pub type Score<'a> = dyn FnMut(&[u32], &mut [f32]) + 'a;
+
 /// Picks tokens; owns scratch so that nothing is allocated a token.
 #[derive(Debug)]
 pub struct Sampler {
@@ -29,12 +32,12 @@ pub struct Sampler {
     /// The row being worked on. `[vocab_size]`
     row: Vec<f32>,
     candidates: Vec<Candidate>,
+    /// For a choice by few logits: estimates after a mask, ids that may matter, and those scored, ascending.
+    masked: Vec<f32>,
     selection: Selection,
     reaches: Vec<Reach>,
-    /// What [`Sampler::candidates`] found.
     ids: Vec<u32>,
-    /// What it left out, where that counts.
-    rest: Rest,
+    logits: Vec<f32>,
     /// A row's `f32` sum of exponentials is at least this part of what [`Rest`] and the candidates bound it by: each lane takes a
     /// 16th of the row, and loses at most 2^-24 with each, as may the bound; the rest is for the exponentials' own errors.
     least_of_sum: f64,
@@ -54,10 +57,11 @@ impl Sampler {
             processors,
             row: Vec::with_capacity(vocab_size),
             candidates: Vec::new(),
+            masked: Vec::new(),
             selection: Selection::default(),
             reaches: Vec::new(),
             ids: Vec::new(),
-            rest: Rest::default(),
+            logits: Vec::new(),
             least_of_sum: 1.0 - 1e-4 - 1e-8 * vocab_size as f64,
         }
     }
@@ -98,77 +102,129 @@ impl Sampler {
         Ok(TokenId(self.isa.run(NoisyArgmax { row: &self.row, start, noise })))
     }
 
-    /// The ids, ascending, that most likely decide the next token when every logit lies within its radius of its estimate; what
-    /// is not finite is never left out. Only `allowed` ids may come, if given. For [`Sampler::sample_among`]; `None` when the
-    /// few that it wants would be too many.
+    /// The token that [`Sampler::sample`] would choose of the whole row, given that every logit lies within its radius of its
+    /// estimate (infinite where nothing is known): `score` is asked for the exact logits that decide it. Only `allowed` ids may
+    /// come, if given. `None`: too many would have to be asked for.
+    ///
+    /// # Errors
+    /// [`NotFinite`] when an exact logit is NaN or +infinity, or no id is left.
     ///
     /// # Panics
     /// When the token depends on more ([`SamplingParams::needs_whole_row`]).
-    pub fn candidates(
+    pub fn sample_screened(
         &mut self,
-        estimates: &[f32],
-        radii: &[f32],
+        (estimates, radii): (&[f32], &[f32]),
         allowed: Option<&TokenMask>,
         params: &SamplingParams,
         key: SampleKey,
-    ) -> Option<&[u32]> {
+        score: &mut Score<'_>,
+    ) -> Result<Option<TokenId>, NotFinite> {
         assert!(!params.needs_whole_row(), "a choice that no few logits decide");
-        let Self { isa, row, selection, reaches, ids, rest, .. } = self;
+        let mut masked = std::mem::take(&mut self.masked);
         let estimates = match allowed {
             Some(allowed) => {
-                allowed.apply(estimates, row);
-                row
+                allowed.apply(estimates, &mut masked);
+                &masked
             }
             None => estimates,
         };
-        ids.clear();
-        if params.is_greedy() || params.top_k > 0 {
-            let best = if params.is_greedy() { 1 } else { params.top_k as usize };
-            ids.extend_from_slice(selection.candidates(estimates, radii, best, *isa));
+        // An infinite radius lets what is excluded reach anywhere.
+        let may_come = |id: u32| allowed.is_none_or(|allowed| allowed.contains(TokenId(id)));
+        let drawn = if params.is_greedy() || params.top_k > 0 {
+            self.score_best((estimates, radii), may_come, params, score)?;
+            self.sample_scored(params, key).map(Some)
         } else {
-            let (temperature, noise) = (params.temperature, Noise::new(params.seed, key));
-            isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: reaches });
-            if params.top_p < 1.0 || params.min_p > 0.0 {
-                // Whatever may rank before the one of them that is drawn.
-                let lower = |reach: &Reach| estimates[reach.id as usize] - radii[reach.id as usize];
-                let least = reaches.iter().map(lower).fold(f32::INFINITY, f32::min);
-                *rest = isa.run(Split { estimates, radii, least, temperature, above: ids })?;
-            } else {
-                ids.extend(reaches.iter().map(|reach| reach.id));
-            }
-        }
-        // What an infinite radius kept.
-        ids.retain(|&id| allowed.is_none_or(|allowed| allowed.contains(TokenId(id))));
-        Some(ids)
+            self.sample_noisy((estimates, radii), may_come, params, key, score)
+        };
+        self.masked = masked;
+        drawn
     }
 
-    /// The token [`Sampler::sample`] would choose of the whole row (where all that is not allowed is excluded), given the
-    /// `logits` of the ids that [`Sampler::candidates`] has just found for the same parameters and key. `None`: it depends on
-    /// the others, too.
-    ///
-    /// # Errors
-    /// [`NotFinite`] when a logit is NaN or +infinity, or there are none.
-    ///
-    /// # Panics
-    /// When there are not as many logits as ids.
-    pub fn sample_among(
+    /// Scores those that can be among the largest: of top_k, or the only one.
+    fn score_best(
         &mut self,
-        logits: &[f32],
+        (estimates, radii): (&[f32], &[f32]),
+        may_come: impl Fn(u32) -> bool,
+        params: &SamplingParams,
+        score: &mut Score<'_>,
+    ) -> Result<(), NotFinite> {
+        let count = if params.is_greedy() { 1 } else { params.top_k as usize };
+        let ids = self.selection.candidates(estimates, radii, count, self.isa).iter().filter(|id| may_come(**id));
+        self.reaches.clear();
+        self.reaches.extend(ids.map(|&id| Reach { id, upper: estimates[id as usize] + radii[id as usize] }));
+        self.score_reaches(count, |_, logit| logit, score)
+    }
+
+    /// As [`Sampler::sample_screened`], where all ids are in the draw, or those that min_p and top_p keep.
+    fn sample_noisy(
+        &mut self,
+        (estimates, radii): (&[f32], &[f32]),
+        may_come: impl Fn(u32) -> bool,
         params: &SamplingParams,
         key: SampleKey,
+        score: &mut Score<'_>,
     ) -> Result<Option<TokenId>, NotFinite> {
-        assert_eq!(logits.len(), self.ids.len(), "a logit for each candidate");
-        self.isa.run(FiniteMax(logits))?;
-        // Places among the candidates stand in for ids: they have the same order, so ties fall alike.
-        self.row.clear();
-        self.row.extend_from_slice(logits);
-        if !params.is_greedy() {
-            self.isa.run(Scale { row: &mut self.row, temperature: params.temperature });
+        let (isa, temperature, noise) = (self.isa, params.temperature, Noise::new(params.seed, key));
+        isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: &mut self.reaches });
+        self.reaches.retain(|reach| may_come(reach.id));
+        self.score_reaches(1, |id, logit| logit / temperature + gumbel(noise.bits(id)), score)?;
+        let drawn = self.sample_scored(params, key)?;
+        if params.top_p >= 1.0 && params.min_p <= 0.0 {
+            return Ok(Some(drawn));
         }
-        let max = self.isa.run(FiniteMax(&self.row))?;
-        let first = first_of(&self.row, max);
+        // Whatever may rank before it.
+        let place = self.ids.binary_search(&drawn.0).expect("one of those scored");
+        let least = self.logits[place];
+        self.ids.clear();
+        let Some(rest) = isa.run(Split { estimates, radii, least, temperature, above: &mut self.ids }) else {
+            return Ok(None);
+        };
+        self.ids.retain(|&id| may_come(id));
+        self.logits.resize(self.ids.len(), 0.0);
+        score(&self.ids, &mut self.logits);
+        Ok(self.is_surely_kept(drawn, rest, params)?.then_some(drawn))
+    }
+
+    /// Scores, into `ids`, ascending, and `logits`, those of `reaches` that can be among the `count` of the largest `value`, of
+    /// which no more than the reach is known at first: the exact values of the most promising rule most others out.
+    fn score_reaches(
+        &mut self,
+        count: usize,
+        value: impl Fn(u32, f32) -> f32,
+        score: &mut Score<'_>,
+    ) -> Result<(), NotFinite> {
+        let Self { isa, candidates, reaches, ids, logits, .. } = self;
+        let count = count.min(reaches.len());
+        if count < reaches.len() {
+            reaches.select_nth_unstable_by(count - 1, |a, b| b.upper.total_cmp(&a.upper));
+        }
+        let (promising, others) = reaches.split_at(count);
+        ids.clear();
+        ids.extend(promising.iter().map(|reach| reach.id));
+        logits.resize(count, 0.0);
+        score(ids, logits);
+        // Of NaN there is no least; it is found below.
+        let least = ids.iter().zip(&*logits).map(|(&id, &logit)| value(id, logit)).fold(f32::INFINITY, f32::min);
+        ids.extend(others.iter().filter(|reach| !is_below(reach.upper, least)).map(|reach| reach.id));
+        logits.resize(ids.len(), 0.0);
+        score(&ids[count..], &mut logits[count..]);
+        isa.run(FiniteMax(logits))?;
+        candidates.clear();
+        candidates.extend(ids.iter().zip(&*logits).map(|(&id, &score)| Candidate { score, id }));
+        candidates.sort_unstable_by_key(|candidate| candidate.id);
+        for ((id, logit), candidate) in ids.iter_mut().zip(logits).zip(candidates) {
+            (*id, *logit) = (candidate.id, candidate.score);
+        }
+        Ok(())
+    }
+
+    /// The token [`Sampler::sample`] would choose of a row of which only `logits`, those of `ids`, are not excluded; min_p and
+    /// top_p count where top_k does.
+    fn sample_scored(&mut self, params: &SamplingParams, key: SampleKey) -> Result<TokenId, NotFinite> {
+        // Places among the ids stand in for them: they have the same order, so ties fall alike.
+        let max = self.scale_scored(params)?;
         if params.is_greedy() {
-            return Ok(Some(TokenId(self.ids[first as usize])));
+            return Ok(TokenId(self.ids[first_of(&self.row, max) as usize]));
         }
         let noise = Noise::new(params.seed, key);
         if params.top_k > 0 {
@@ -179,33 +235,43 @@ impl Sampler {
                 self.keep_top_p(params.top_p, max, total);
             }
         }
-        let scores =
-            (0..).zip(&self.row).zip(&self.ids).map(|((place, value), &id)| (value + gumbel(noise.bits(id)), place));
-        let best = scores.reduce(|best: (f32, usize), next| if next.0 > best.0 { next } else { best });
-        let (_, drawn) = best.expect("a maximum was found");
-        let is_kept = params.top_k > 0 || self.is_surely_kept(drawn, params, max);
-        Ok(is_kept.then(|| TokenId(self.ids[drawn])))
+        let scores = self.row.iter().zip(&self.ids).map(|(value, &id)| (value + gumbel(noise.bits(id)), id));
+        let best = scores.reduce(|best: (f32, u32), next| if next.0 > best.0 { next } else { best });
+        Ok(TokenId(best.expect("a maximum was found").1))
     }
 
-    /// Whether neither min_p nor top_p cuts the candidate at `place`, whatever the logits of those that are none: they rank
-    /// after it, and add at least [`Rest`] to the sum, or nothing where min_p may have cut them all.
-    fn is_surely_kept(&mut self, place: usize, params: &SamplingParams, max: f32) -> bool {
-        let drawn = Candidate { score: self.row[place], id: self.ids[place] };
+    /// `row = logits / temperature`, and its largest value.
+    fn scale_scored(&mut self, params: &SamplingParams) -> Result<f32, NotFinite> {
+        self.row.clear();
+        self.row.extend_from_slice(&self.logits);
+        if !params.is_greedy() {
+            self.isa.run(Scale { row: &mut self.row, temperature: params.temperature });
+        }
+        self.isa.run(FiniteMax(&self.row))
+    }
+
+    /// Whether neither min_p nor top_p cuts `drawn`, one of `ids`, whatever the logits of those that are not: they rank after
+    /// it, and add at least `rest` to the sum, or nothing where min_p may have cut them all.
+    fn is_surely_kept(&mut self, drawn: TokenId, rest: Rest, params: &SamplingParams) -> Result<bool, NotFinite> {
+        self.isa.run(FiniteMax(&self.logits))?;
+        let max = self.scale_scored(params)?;
+        let place = self.ids.binary_search(&drawn.0).expect("what reaches its own logit");
+        let drawn = Candidate { score: self.row[place], id: drawn.0 };
         self.keep_min_p(params.min_p, max);
         if self.row[place] == f32::NEG_INFINITY {
-            return false;
+            return Ok(false);
         }
         if params.top_p >= 1.0 {
-            return true;
+            return Ok(true);
         }
-        let rest = if params.min_p > 0.0 { 0.0 } else { self.rest.relative_to(max) };
+        let rest = if params.min_p > 0.0 { 0.0 } else { rest.relative_to(max) };
         let candidates = self.row.iter().zip(&self.ids).map(|(&score, &id)| Candidate { score, id });
         self.candidates.clear();
         self.candidates.extend(candidates.filter(|candidate| candidate.rank(&drawn).is_lt()));
         self.candidates.sort_unstable_by(Candidate::rank);
         let before = self.candidates.iter().fold(0.0, |sum, candidate| sum + f64::from(exp(candidate.score - max)));
         let listed: f64 = self.row.iter().map(|score| f64::from(exp(score - max))).sum();
-        before < f64::from(params.top_p) * (listed + rest) * self.least_of_sum
+        Ok(before < f64::from(params.top_p) * (listed + rest) * self.least_of_sum)
     }
 
     /// Log-softmax of the raw logits at `chosen`, and the `top` best (logit descending, id ascending).

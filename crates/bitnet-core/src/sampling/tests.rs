@@ -7,7 +7,10 @@ use super::{
     noise::{Noise, gumbel},
     row::{Candidate, select_best},
 };
-use crate::{ids::TokenId, kernels::Isa};
+use crate::{
+    ids::TokenId,
+    kernels::{Isa, screen::Selection},
+};
 
 const KEY: SampleKey = SampleKey { choice: 0, position: 0 };
 
@@ -252,9 +255,9 @@ fn both_ways(
         allowed.apply(logits, &mut row);
     }
     let whole = sampler.sample(&row, params, &[], &[], &[], KEY);
-    let Some(ids) = sampler.candidates(estimates, radii, allowed, params, KEY) else { return (None, whole) };
-    let exact: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-    (sampler.sample_among(&exact, params, KEY).transpose(), whole)
+    let mut score =
+        |ids: &[u32], out: &mut [f32]| ids.iter().zip(out).for_each(|(&id, out)| *out = logits[id as usize]);
+    (sampler.sample_screened((estimates, radii), allowed, params, KEY, &mut score).transpose(), whole)
 }
 
 proptest! {
@@ -305,16 +308,38 @@ fn a_peaked_row_is_decided_without_the_whole_row() {
 }
 
 #[test]
+fn the_most_promising_logits_rule_most_others_out() {
+    let noise = Noise::new(5, KEY);
+    let logits: Vec<f32> = (0..50_000).map(|id| 0.5 * gumbel(noise.bits(id))).collect();
+    // As in a screen of many columns, whose errors are far from all the same way.
+    let (estimates, radii) = (screened(&logits, 0.2, 3).0, vec![2.0; logits.len()]);
+    for (temperature, top_k) in [(0.0, 0), (0.0001, 0), (1.0, 5)] {
+        let params = SamplingParams { temperature, top_k, ..SamplingParams::default() };
+        let isa = Isa::available()[0];
+        let possible = Selection::default().candidates(&estimates, &radii, top_k.max(1) as usize, isa).len();
+        let mut num_scored = 0;
+        let mut score = |ids: &[u32], out: &mut [f32]| {
+            num_scored += ids.len();
+            ids.iter().zip(out).for_each(|(&id, out)| *out = logits[id as usize]);
+        };
+        let drawn =
+            Sampler::with_isa(logits.len(), isa).sample_screened((&estimates, &radii), None, &params, KEY, &mut score);
+        assert_eq!(drawn.map(|drawn| drawn.expect("few decide it")), draw(&logits, &params, KEY));
+        assert!(num_scored * 2 < possible, "{num_scored} of {possible}");
+    }
+}
+
+#[test]
 fn a_logit_that_is_not_finite_is_a_candidate() {
     for temperature in [0.0, 1.0] {
         let params = SamplingParams { temperature, ..SamplingParams::default() };
         let (mut estimates, mut radii) = (vec![5.0; 200], vec![0.1; 200]);
         (estimates[150], radii[150]) = (0.0, f32::INFINITY);
-        let mut sampler = Sampler::new(200);
-        let ids = sampler.candidates(&estimates, &radii, None, &params, KEY).unwrap_or_default().to_vec();
-        assert!(ids.contains(&150));
-        let logits: Vec<f32> = ids.iter().map(|&id| if id == 150 { f32::NAN } else { 5.0 }).collect();
-        assert_eq!(sampler.sample_among(&logits, &params, KEY), Err(NotFinite));
+        let mut score = |ids: &[u32], out: &mut [f32]| {
+            ids.iter().zip(out).for_each(|(&id, out)| *out = if id == 150 { f32::NAN } else { 5.0 });
+        };
+        let drawn = Sampler::new(200).sample_screened((&estimates, &radii), None, &params, KEY, &mut score);
+        assert_eq!(drawn, Err(NotFinite));
     }
 }
 

@@ -10,7 +10,7 @@ use bitnet_core::{
     Batch, Model, TokenId,
     checkpoint::Pooling,
     kv_cache::KvCache,
-    model::{BatchSequence, LogitRows, Workspace},
+    model::{BatchSequence, LogitRows, Screened, Workspace},
     sampling::{SampleKey, Sampler, TokenLogprobs},
 };
 
@@ -233,7 +233,7 @@ impl ModelExecutor {
                 }
                 let drawn = match reading {
                     Reading::Few(ids) => self.draw_of_few(first + i, ids, share, position),
-                    _ => self.draw_screened(first + i, i, share, position),
+                    _ => self.draw_screened(first + i, share, position),
                 };
                 share.note(drawn, output);
             }
@@ -252,32 +252,26 @@ impl ModelExecutor {
         let mut few = std::mem::take(&mut self.reader.few);
         few.clear();
         few.resize(self.vocab_size(), f32::NEG_INFINITY);
-        let logits = self.model.score(row, ids, &mut self.workspace);
-        ids.iter().zip(logits).for_each(|(&id, &logit)| few[id as usize] = logit);
+        self.model.scorer(row, &mut self.workspace).score(ids, &mut few[..ids.len()]);
+        // To their places, the last first: ids ascend, so no place is before what is still to be moved.
+        for (i, &id) in ids.iter().enumerate().rev() {
+            few[id as usize] = std::mem::replace(&mut few[i], f32::NEG_INFINITY);
+        }
         let drawn = self.reader.draw(&few, share, position);
         self.reader.few = few;
         drawn
     }
 
-    /// The token after `position` by what the screen says of its row, the `index`-th of those screened, and by all its logits
-    /// where that is not enough.
-    fn draw_screened(
-        &mut self,
-        row: usize,
-        index: usize,
-        share: &Share<'_>,
-        position: usize,
-    ) -> Result<TokenEvent, EngineError> {
+    /// The token after `position` by what the screen says of its row, and by all its logits where that is not enough.
+    fn draw_screened(&mut self, row: usize, share: &Share<'_>, position: usize) -> Result<TokenEvent, EngineError> {
         let (params, key) = (&share.sequence.request.sampling, share.sample_key(position));
         let mut constraint = share.constraint();
         let allowed = constraint.as_mut().map(|constraint| constraint.allowed()).transpose();
         let allowed = allowed.map_err(|_| EngineError::Constraint)?;
-        let (sampler, screened) = (&mut self.reader.sampler, self.workspace.screened(index));
-        let mut drawn = None;
-        if let Some(ids) = sampler.candidates(screened.estimates, screened.radii, allowed, params, key) {
-            let logits = self.model.score(row, ids, &mut self.workspace);
-            drawn = sampler.sample_among(logits, params, key).map_err(|_| EngineError::NotFinite)?;
-        }
+        let (Screened { estimates, radii }, mut scorer) = self.model.screened(row, &mut self.workspace);
+        let score = &mut |ids: &[u32], logits: &mut [f32]| scorer.score(ids, logits);
+        let drawn = self.reader.sampler.sample_screened((estimates, radii), allowed, params, key, score);
+        let drawn = drawn.map_err(|_| EngineError::NotFinite)?;
         drop(constraint);
         let Some(token) = drawn else {
             let logits = self.model.logits(row..row + 1, &mut self.workspace);
