@@ -5,7 +5,7 @@ use std::{convert::Infallible, fmt};
 
 use bitnet_core::{
     kernels::{
-        FloatOp, Isa, TernaryKernel, available, math,
+        FloatOp, Isa, Output, TernaryKernel, available, math,
         packing::{PackedLayout, PackedTernary},
         screen::{ScreenInputs, ScreenMatrix, Selection},
     },
@@ -62,7 +62,12 @@ fn gemm<const TOKENS: usize>(bencher: Bencher<'_, '_>, Choice(kernel, layout): C
     let x = activations(TOKENS);
     let mut out = vec![0.0; TOKENS * rows];
     bencher.counter(ItemsCount::new(rows * COLS * TOKENS)).bench_local(|| {
-        kernel.gemm(&weights.slice(0..rows), &x.view(TOKENS, COLS), &mut ColumnsMut::new(black_box(&mut out), rows));
+        kernel.gemm(
+            &weights.slice(0..rows),
+            &x.view(TOKENS, COLS),
+            &mut ColumnsMut::new(black_box(&mut out), rows),
+            Output::Replace,
+        );
     });
 }
 

@@ -8,7 +8,7 @@
 //! of the body's memory too.
 
 use super::{
-    TernaryKernel,
+    Output, TernaryKernel,
     arena::Arena,
     limits::seconds_of,
     packing::{PackedLayout, PackedTernary, ROW_TILE, rows_of_tiles},
@@ -58,7 +58,7 @@ pub fn autotune(
                 let seconds = seconds_of(|| {
                     pool.run_chunks(rows / ROW_TILE, 1, &|tiles| {
                         let rows = rows_of_tiles(tiles, rows);
-                        kernel.multiply(&weights.slice(rows.clone()), &x, &mut out.claim(rows));
+                        kernel.multiply(&weights.slice(rows.clone()), &x, &mut out.claim(rows), Output::Replace);
                     });
                 });
                 best[index] = best[index].min(seconds);

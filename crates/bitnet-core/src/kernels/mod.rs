@@ -35,6 +35,15 @@ use crate::{
     threads::ColumnsMut,
 };
 
+/// What a product does with what it finds in its outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Writes over it.
+    Replace,
+    /// Adds to it, each value rounded before: `out += product`.
+    Add,
+}
+
 /// One implementation of the ternary matrix product, of 1 to any number of tokens.
 pub trait TernaryKernel: Send + Sync + 'static {
     /// `scalar`, `x86_64-avx2`, `x86_64-avxvnni`, `x86_64-avx512vnni`, `aarch64-neon`, ...
@@ -57,21 +66,21 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// When `x` is not one token of `w.cols()` values, `out` is not `w.rows()` long or the layout is none of this kernel's.
     fn gemv(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]);
 
-    /// `out[token][row] = (w . x[token] as f32) / s[token] * scale`. `out: [x.num_tokens(), w.rows()]`
+    /// `out[token][row] = (w . x[token] as f32) / s[token] * scale`, or `+=`. `out: [x.num_tokens(), w.rows()]`
     ///
     /// # Panics
     /// When the shapes do not agree or the layout is none of this kernel's.
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>);
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output);
 
-    /// [`Self::gemv`] of a single token, [`Self::gemm`] of several.
+    /// [`Self::gemm`], or [`Self::gemv`] where it does the same.
     ///
     /// # Panics
     /// As there.
-    fn multiply(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-        if x.num_tokens() == 1 {
+    fn multiply(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
+        if x.num_tokens() == 1 && output == Output::Replace {
             self.gemv(w, x, out.row_mut(0));
         } else {
-            self.gemm(w, x, out);
+            self.gemm(w, x, out, output);
         }
     }
 

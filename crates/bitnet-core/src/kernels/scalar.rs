@@ -1,7 +1,7 @@
 //! The specification: readable, slow, always there, the oracle of every other kernel.
 
 use super::{
-    Isa, TernaryKernel,
+    Isa, Output, TernaryKernel,
     packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
     screen::{ActivationBits, ScreenRows, SplitActivations},
 };
@@ -28,12 +28,12 @@ impl TernaryKernel for Scalar {
         super::check_gemv(self, w, x, out);
         // A worker may have no rows, but a matrix must.
         if w.rows() > 0 {
-            self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()));
+            self.gemm(w, x, &mut ColumnsMut::new(out, w.rows()), Output::Replace);
         }
     }
 
     // out[token][row] = (sum over columns of weight * code as f32) / s[token] * scale
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         super::check_gemm(self, w, x, out);
         for (panel_index, panel) in w.panels().enumerate() {
             for row in 0..ROW_TILE.min(w.rows() - panel_index * ROW_TILE) {
@@ -44,8 +44,12 @@ impl TernaryKernel for Scalar {
                         .enumerate()
                         .map(|(col, &code)| weight(w.layout(), panel, row, col) * i32::from(code))
                         .sum();
-                    out.row_mut(token)[panel_index * ROW_TILE + row] =
-                        super::epilogue(sum, x.scales()[token], w.scale());
+                    let product = super::epilogue(sum, x.scales()[token], w.scale());
+                    let out = &mut out.row_mut(token)[panel_index * ROW_TILE + row];
+                    *out = match output {
+                        Output::Replace => product,
+                        Output::Add => *out + product,
+                    };
                 }
             }
         }

@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 
 use super::{
-    TernaryKernel, available,
+    Output, TernaryKernel, available,
     packing::{PackedLayout, PackedTernary},
     screen::{ScreenInputs, ScreenMatrix},
     sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS},
@@ -99,6 +99,7 @@ fn test_case(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> 
 
 fn is_product_right(case: &Case, layout: PackedLayout, kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> bool {
     const SCALE: f32 = 0.75;
+    const ADDEND: f32 = 0.3;
     let &Case { rows, cols, num_tokens, .. } = case;
     let decode = |row: usize, out: &mut [i8]| case.decode(row, out);
     let Ok(packed) = PackedTernary::pack(rows, cols, SCALE, layout, pool, &decode);
@@ -107,17 +108,14 @@ fn is_product_right(case: &Case, layout: PackedLayout, kernel: &dyn TernaryKerne
         buffer.quantize_row(token, x);
     }
     let x = buffer.view(num_tokens, cols);
-    let mut out = vec![f32::NAN; num_tokens * rows];
-    if num_tokens == 1 {
-        kernel.gemv(&packed.slice(0..rows), &x, &mut out);
-    } else {
-        kernel.gemm(&packed.slice(0..rows), &x, &mut ColumnsMut::new(&mut out, rows));
-    }
-    (0..num_tokens).zip(out.chunks_exact(rows)).all(|(token, out)| {
-        case.weights.chunks_exact(cols).zip(out).all(|(weights, out)| {
+    let (mut out, mut sum) = (vec![f32::NAN; num_tokens * rows], vec![ADDEND; num_tokens * rows]);
+    kernel.multiply(&packed.slice(0..rows), &x, &mut ColumnsMut::new(&mut out, rows), Output::Replace);
+    kernel.multiply(&packed.slice(0..rows), &x, &mut ColumnsMut::new(&mut sum, rows), Output::Add);
+    (0..num_tokens).zip(out.chunks_exact(rows).zip(sum.chunks_exact(rows))).all(|(token, (out, sum))| {
+        case.weights.chunks_exact(cols).zip(out.iter().zip(sum)).all(|(weights, (out, sum))| {
             let products = weights.iter().zip(x.codes(token)).map(|(&w, &q)| i32::from(w) * i32::from(q));
             let expected = super::epilogue(products.sum(), x.scales()[token], SCALE);
-            expected.to_bits() == out.to_bits()
+            expected.to_bits() == out.to_bits() && (ADDEND + expected).to_bits() == sum.to_bits()
         })
     })
 }

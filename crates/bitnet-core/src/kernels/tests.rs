@@ -98,8 +98,13 @@ impl Case {
             let name = format!("{} {}", kernel.name(), layout.name());
             let mut out = vec![f32::NAN; self.num_tokens() * self.rows];
             let x = buffer.view(self.num_tokens(), self.cols);
-            kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut out, self.rows));
+            kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut out, self.rows), Output::Replace);
             assert_eq!(bits(&out), expected, "{name} gemm {label}");
+            let mut sums: Vec<_> = (0..out.len()).map(|index| index as f32 * 0.37).collect();
+            let sum = |(term, expected): (&f32, &u32)| (term + f32::from_bits(*expected)).to_bits();
+            let expected_sums: Vec<_> = sums.iter().zip(&expected).map(sum).collect();
+            kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut sums, self.rows), Output::Add);
+            assert_eq!(bits(&sums), expected_sums, "{name} gemm that adds {label}");
             for token in 0..self.num_tokens().min(2) {
                 let mut alone = ActivationBuffer::new(1, self.cols);
                 alone.quantize_row(0, &self.x[token * self.cols..][..self.cols]);
@@ -167,7 +172,7 @@ fn a_row_that_is_not_finite_gives_nan_and_spares_the_others() {
     for (kernel, layout) in combinations() {
         let packed = case.pack(layout, &mut pool);
         let mut out = vec![0.0; 3 * 40];
-        kernel.gemm(&packed.slice(0..40), &buffer.view(3, 100), &mut ColumnsMut::new(&mut out, 40));
+        kernel.gemm(&packed.slice(0..40), &buffer.view(3, 100), &mut ColumnsMut::new(&mut out, 40), Output::Replace);
         assert!(out[40..80].iter().all(|value| value.is_nan()), "{}", kernel.name());
         assert_eq!(bits(&out[..40]), clean[..40]);
         assert_eq!(bits(&out[80..]), clean[80..]);
@@ -185,7 +190,7 @@ fn what_was_kept_of_other_activations_is_never_used() {
         let product = |buffer: &ActivationBuffer, num_tokens| {
             let mut out = vec![f32::NAN; num_tokens * 64];
             let x = buffer.view(num_tokens, 300);
-            kernel.gemm(&packed.slice(0..64), &x, &mut ColumnsMut::new(&mut out, 64));
+            kernel.gemm(&packed.slice(0..64), &x, &mut ColumnsMut::new(&mut out, 64), Output::Replace);
             bits(&out)
         };
         // The same rows of the same memory, with other values; and fewer of them.
@@ -212,7 +217,12 @@ fn splitting_rows_among_workers_changes_nothing() {
             let shared = SharedColumns::new(&mut out, 200, ROW_TILE);
             pool.run(&|worker| {
                 let share = worker.share(200, ROW_TILE);
-                kernel.gemm(&packed.slice(share.clone()), &buffer.view(5, 300), &mut shared.claim(share));
+                kernel.gemm(
+                    &packed.slice(share.clone()),
+                    &buffer.view(5, 300),
+                    &mut shared.claim(share),
+                    Output::Replace,
+                );
             });
             assert_eq!(bits(&out), expected, "{} on {num_threads} threads", kernel.name());
         }

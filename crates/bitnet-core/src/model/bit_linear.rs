@@ -2,13 +2,13 @@
 
 use super::phases::Phases;
 use crate::{
-    kernels::packing::{PackedTernary, ROW_TILE, rows_of_tiles},
+    kernels::{
+        Output,
+        packing::{PackedTernary, ROW_TILE, rows_of_tiles},
+    },
     quant::activation::QuantizedActivations,
     threads::SharedColumns,
 };
-
-/// Products that are added while they are near: a quarter of a second-level cache.
-const NEAR_VALUES: usize = 1 << 16;
 
 /// `outputs[i] = weights[i](x)` for `(weights, outputs)` pairs that share their input, in one phase.
 /// `x: [num_rows, cols]`, `outputs[i]: [num_rows, weights[i].rows()]`
@@ -29,36 +29,37 @@ pub(super) fn project<const N: usize>(
             let part = chunk.start.max(tiles.start)..chunk.end.min(tiles.end);
             if !part.is_empty() {
                 let rows = rows_of_tiles(part.start - tiles.start..part.end - tiles.start, w.rows());
-                kernel.multiply(&w.slice(rows.clone()), &x, &mut out.claim(rows));
+                kernel.multiply(&w.slice(rows.clone()), &x, &mut out.claim(rows), Output::Replace);
             }
         }
     });
 }
 
-/// `residual += w(x)`: the product is rounded first, into `projected`. Both are `[num_rows, w.rows()]`.
+/// The residual stream, and what is added to it.
+pub(super) struct Residual<'a> {
+    /// `[num_rows, width]`
+    pub(super) x: &'a mut [f32],
+    /// As large, scratch.
+    pub(super) term: &'a mut [f32],
+    /// Whether `term` will be looked at.
+    pub(super) is_traced: bool,
+}
+
+/// `residual += w(x)`: the product is rounded first.
 pub(super) fn project_and_add(
     phases: &mut Phases<'_>,
     x: QuantizedActivations<'_>,
     w: &PackedTernary,
-    projected: &mut [f32],
-    residual: &mut [f32],
+    residual: Residual<'_>,
 ) {
-    let (kernel, num_rows) = (phases.kernel, phases.num_rows);
-    let projected = SharedColumns::new(projected, w.rows(), ROW_TILE);
-    let residual = SharedColumns::new(residual, w.rows(), ROW_TILE);
-    // What is added is still in the second-level cache.
-    let tiles_at_once = (NEAR_VALUES / (num_rows * ROW_TILE)).max(1);
-    phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(num_rows), &|tiles| {
-        for first in tiles.clone().step_by(tiles_at_once) {
-            let rows = rows_of_tiles(first..tiles.end.min(first + tiles_at_once), w.rows());
-            let (mut projected, mut residual) = (projected.claim(rows.clone()), residual.claim(rows.clone()));
-            kernel.multiply(&w.slice(rows), &x, &mut projected);
-            for row in 0..num_rows {
-                for (sum, term) in residual.row_mut(row).iter_mut().zip(projected.row_mut(row)) {
-                    *sum += *term;
-                }
-            }
-        }
+    if residual.is_traced {
+        project(phases, x, [(w, residual.term)]);
+    }
+    let kernel = phases.kernel;
+    let residual = SharedColumns::new(residual.x, w.rows(), ROW_TILE);
+    phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(phases.num_rows), &|tiles| {
+        let rows = rows_of_tiles(tiles, w.rows());
+        kernel.multiply(&w.slice(rows.clone()), &x, &mut residual.claim(rows), Output::Add);
     });
 }
 

@@ -5,7 +5,7 @@
 
 use super::{
     Batch, Model, Workspace, attention,
-    bit_linear::{project, project_and_add},
+    bit_linear::{Residual, project, project_and_add},
     feed_forward::activate,
     lm_head,
     norm::{RmsNorm, normalize, normalize_in_place},
@@ -147,7 +147,7 @@ impl Model {
             attention::attend(phases, kv, index, batch, q, attended, scratch, partials);
             normalize_in_place(phases, layer.attn_sub_norm.as_deref().map(norm), attended, quantized);
             let n = quantized.view(num_rows, layer.o.cols());
-            project_and_add(phases, n, &layer.o, projected, x);
+            project_and_add(phases, n, &layer.o, Residual { x, term: projected, is_traced });
             if layer.attn_sub_norm.is_some() {
                 trace(TracePoint::AttnSubNorm, index, attended);
             }
@@ -165,7 +165,8 @@ impl Model {
             trace(TracePoint::Up, index, up);
             activate(phases, self.config.activation, sub_norm, gate, up, quantized);
             let n = quantized.view(num_rows, channels_kept);
-            sparse::down_and_add(phases, n, layer, self.sparse_limits, (&mut *projected, &mut *x), channels);
+            let residual = Residual { x, term: projected, is_traced };
+            sparse::down_and_add(phases, n, layer, self.sparse_limits, residual, channels);
             if layer.ffn_sub_norm.is_some() {
                 trace(TracePoint::FfnSubNorm, index, gate);
             }

@@ -10,7 +10,7 @@ use std::{
 use super::Model;
 use crate::{
     kernels::{
-        self, SelfTestFailure, TernaryKernel,
+        self, Output, SelfTestFailure, TernaryKernel,
         packing::{PackedTernary, ROW_TILE},
         screen::{ScreenInputs, ScreenMatrix, ScreenRows, SplitActivations},
     },
@@ -94,7 +94,7 @@ impl Model {
         if num_tokens == 1 {
             self.kernel.gemv(&rows, &x, &mut out);
         } else {
-            self.kernel.gemm(&rows, &x, &mut ColumnsMut::new(&mut out, len));
+            self.kernel.gemm(&rows, &x, &mut ColumnsMut::new(&mut out, len), Output::Replace);
         }
         let mut alone = [f32::NAN; MAX_ROWS];
         let is_like_alone = (0..num_tokens).zip(out.chunks_exact(len)).all(|(token, out)| {

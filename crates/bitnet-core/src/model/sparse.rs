@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use super::{
-    bit_linear::{project, project_and_add},
+    bit_linear::{Residual, project, project_and_add},
     phases::Phases,
     weights::Layer,
 };
@@ -168,7 +168,7 @@ pub(super) fn down_and_add(
     x: QuantizedActivations<'_>,
     layer: &Layer,
     limits: SparseLimits,
-    (projected, residual): (&mut [f32], &mut [f32]),
+    residual: Residual<'_>,
     scratch: &mut SparseScratch,
 ) {
     let sparse = layer.sparse.as_ref().filter(|_| phases.num_rows == 1);
@@ -176,14 +176,14 @@ pub(super) fn down_and_add(
         x.codes(0)[..sparse.down.channels()].iter().filter(|&&code| code != 0).count() <= limits.down
     };
     let Some(sparse) = sparse.filter(is_few) else {
-        project_and_add(phases, x, &layer.down, projected, residual);
+        project_and_add(phases, x, &layer.down, residual);
         return;
     };
     scratch.columns.set(&x.codes(0)[..sparse.down.channels()]);
     let (kernel, active) = (phases.kernel, &scratch.columns);
-    let width = projected.len();
-    let projected = SharedColumns::new(projected, width, LINE_WEIGHTS);
-    let residual = SharedColumns::new(residual, width, LINE_WEIGHTS);
+    let width = residual.x.len();
+    let projected = SharedColumns::new(residual.term, width, LINE_WEIGHTS);
+    let residual = SharedColumns::new(residual.x, width, LINE_WEIGHTS);
     phases.pool.run(&|worker| {
         let share = worker.share(width, LINE_WEIGHTS);
         let (mut projected, mut residual) = (projected.claim(share.clone()), residual.claim(share.clone()));
@@ -264,8 +264,8 @@ impl Half {
             }
             let middle = Instant::now();
             for layer in layers {
-                let out = (&mut *self.projected, &mut *self.residual);
-                down_and_add(phases, activated, layer, limits, out, &mut self.scratch);
+                let residual = Residual { x: &mut self.residual, term: &mut self.projected, is_traced: false };
+                down_and_add(phases, activated, layer, limits, residual, &mut self.scratch);
             }
             let seconds = [(middle - start).as_secs_f64(), middle.elapsed().as_secs_f64()];
             best = [best[0].min(seconds[0]), best[1].min(seconds[1])];

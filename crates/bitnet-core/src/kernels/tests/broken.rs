@@ -2,7 +2,7 @@
 
 use crate::{
     kernels::{
-        Isa, TernaryKernel,
+        Isa, Output, TernaryKernel,
         packing::{PackedLayout, PackedRows},
         screen::{ScreenRows, SplitActivations},
     },
@@ -46,8 +46,8 @@ impl TernaryKernel for Broken {
         }
     }
 
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
-        self.kernel.gemm(w, x, out);
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
+        self.kernel.gemm(w, x, out, output);
         let num_tokens = x.num_tokens();
         if (self.is_wrong)(Shape { is_screen: false, cols: w.cols(), num_tokens }) {
             out.row_mut(num_tokens - 1).iter_mut().for_each(|out| *out = out.next_up());

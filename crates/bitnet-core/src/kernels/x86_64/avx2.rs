@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
+        Isa, Output, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
         screen::{ActivationBits, ScreenRows, SplitActivations},
     },
@@ -98,10 +98,10 @@ impl TernaryKernel for Avx2 {
         unsafe { multiply_registers(rounds) }
     }
 
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         check_gemm(self, w, x, out);
         // SAFETY: as above.
-        unsafe { gemm(w, x, out) }
+        unsafe { gemm(w, x, out, output) }
     }
 }
 
@@ -112,9 +112,9 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
@@ -125,7 +125,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             unpack(panel, unpacked);
             multiply(unpacked, ahead, block, sums);
         };
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), multiply);
+        gemm_by_blocks(w, x, (out, output), UNPACKED_BLOCK, Some(&unpack), multiply);
     }
 }
 

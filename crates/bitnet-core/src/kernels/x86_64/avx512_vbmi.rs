@@ -17,7 +17,10 @@ use super::{
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
-    kernels::packing::{PackedRows, TILE_BYTES},
+    kernels::{
+        Output,
+        packing::{PackedRows, TILE_BYTES},
+    },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
 };
@@ -33,17 +36,17 @@ pub(super) fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
     let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
         by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
     };
     if x.num_tokens() <= BLOCK {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| match sums.len() {
             1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums)),
             _ => unpack(panel, UnpackedTile([0; 5 * TILE_BYTES]).0.as_mut_slice(), ahead, block, sums),
         });
     } else {
-        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), BLOCK, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
     }

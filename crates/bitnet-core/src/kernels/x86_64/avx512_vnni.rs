@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
+        Isa, Output, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
         screen::{ActivationBits, ScreenRows, SplitActivations},
         sparse::{ActiveChannels, ChannelColumns, ChannelRows},
@@ -128,13 +128,13 @@ impl TernaryKernel for Avx512Vnni {
         unsafe { multiply_registers(rounds) }
     }
 
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         check_gemm(self, w, x, out);
         match w.layout() {
             // SAFETY: as in `gemv`.
-            PackedLayout::T32x2Bit => unsafe { gemm(w, x, out) },
+            PackedLayout::T32x2Bit => unsafe { gemm(w, x, out, output) },
             // SAFETY: as in `gemv`.
-            PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemm(w, x, out) },
+            PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemm(w, x, out, output) },
         }
     }
 }
@@ -146,9 +146,9 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
     if x.num_tokens() <= BLOCK {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
         });
     } else {
@@ -156,7 +156,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
         let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
             by_tokens!(sums.len(), [7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
         };
-        gemm_by_blocks(w, x, out, BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), BLOCK, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
     }

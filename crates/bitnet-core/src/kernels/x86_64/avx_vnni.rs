@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     kernels::{
-        Isa, TernaryKernel, check_gemm, check_gemv, check_screen,
+        Isa, Output, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows},
         screen::{ActivationBits, ScreenRows, SplitActivations},
     },
@@ -84,10 +84,10 @@ impl TernaryKernel for AvxVnni {
         unsafe { multiply_registers(rounds) }
     }
 
-    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+    fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         check_gemm(self, w, x, out);
         // SAFETY: as above.
-        unsafe { gemm(w, x, out) }
+        unsafe { gemm(w, x, out, output) }
     }
 }
 
@@ -98,9 +98,9 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>) {
+fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| match sums.len() {
             1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
             2 => panel_gemm::<2, 4>(panel, ahead, block, sums),
             3 => panel_gemm::<3, 2>(panel, ahead, block, sums),
@@ -114,7 +114,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             unpack(panel, unpacked);
             multiply(unpacked, ahead, block, sums);
         };
-        gemm_by_blocks(w, x, out, UNPACKED_BLOCK, Some(&unpack), multiply);
+        gemm_by_blocks(w, x, (out, output), UNPACKED_BLOCK, Some(&unpack), multiply);
     }
 }
 

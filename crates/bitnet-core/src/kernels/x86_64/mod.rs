@@ -20,10 +20,11 @@ use std::{
 use ahead::Ahead;
 
 use super::{
-    TernaryKernel,
+    Output, TernaryKernel,
     aligned::AlignedVec,
     epilogue,
     packing::{PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
+    prefetch_line,
     screen::{ScreenRows, SplitActivations},
     whole_panel, write_screen,
 };
@@ -103,7 +104,7 @@ fn gemv_by_panels(
     let mut sums = [[0; ROW_TILE]];
     for (panel, out) in w.panels().zip(out.chunks_mut(ROW_TILE)) {
         multiply(panel, Ahead::of(panel, asks), x.codes(0), &mut sums);
-        write_outputs(&sums[0], x, 0, w.scale(), out);
+        write_outputs(&sums[0], x, 0, w.scale(), (out, Output::Replace));
     }
 }
 
@@ -123,7 +124,7 @@ type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8], Ahead, &[i8], &mut [PanelSums]);
 fn gemm_by_blocks(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
-    out: &mut ColumnsMut<'_>,
+    (out, output): (&mut ColumnsMut<'_>, Output),
     block: usize,
     unpack: Option<Unpack<'_>>,
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
@@ -145,6 +146,11 @@ fn gemm_by_blocks(
         for (index, block) in interleaved.chunks(block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
             let ahead = ahead.part(index, num_blocks);
+            if output == Output::Add {
+                (index * block_tokens..)
+                    .zip(&*sums)
+                    .for_each(|(token, _)| prefetch_row(&out.row_mut(token)[rows.clone()]));
+            }
             match unpack {
                 Some(unpack) if index == 0 => {
                     let unpacked = unpacked.at_least(ROW_TILE * cols);
@@ -154,7 +160,7 @@ fn gemm_by_blocks(
                 _ => multiply(codes, ahead, block, sums),
             }
             for (token, sums) in (index * block_tokens..).zip(sums) {
-                write_outputs(sums, x, token, w.scale(), &mut out.row_mut(token)[rows.clone()]);
+                write_outputs(sums, x, token, w.scale(), (&mut out.row_mut(token)[rows.clone()], output));
             }
         }
     }
@@ -291,31 +297,51 @@ fn transpose([a, b, c, d]: [&[[i8; 4]; 4]; 4]) -> [[[i8; 4]; 4]; 4] {
     }
 }
 
-/// The outputs of a panel's rows, of which the last may be padding.
+/// Asks for the outputs of a panel's rows, which are a row of a large matrix away from those of the next token.
 #[inline(always)]
-fn write_outputs(sums: &PanelSums, x: &QuantizedActivations<'_>, token: usize, scale: f32, out: &mut [f32]) {
-    let (sum_of_codes, s) = (x.sums()[token], x.scales()[token]);
-    if let Ok(out) = whole_panel(out) {
-        scale_sums(sums, sum_of_codes, s, scale, out);
-    } else {
-        let mut values = [0.0; ROW_TILE];
-        scale_sums(sums, sum_of_codes, s, scale, &mut values);
-        out.copy_from_slice(&values[..out.len()]);
+fn prefetch_row(out: &[f32]) {
+    for line in out.chunks(16) {
+        prefetch_line(line.as_ptr().cast());
     }
 }
 
-/// Codes are weight + 1, so the sum of the activations is taken off; then the epilogue.
+/// The outputs of a panel's rows, of which the last may be padding.
 #[inline(always)]
-fn scale_sums(sums: &PanelSums, sum_of_codes: i32, s: f32, scale: f32, out: &mut [f32; ROW_TILE]) {
+fn write_outputs(
+    sums: &PanelSums,
+    x: &QuantizedActivations<'_>,
+    token: usize,
+    scale: f32,
+    (out, output): (&mut [f32], Output),
+) {
+    let (sum_of_codes, s) = (x.sums()[token], x.scales()[token]);
+    match (whole_panel(out), output) {
+        (Ok(out), Output::Replace) => scale_sums::<false>(sums, sum_of_codes, s, scale, out),
+        (Ok(out), Output::Add) => scale_sums::<true>(sums, sum_of_codes, s, scale, out),
+        (Err(_), _) => {
+            let mut values = [0.0; ROW_TILE];
+            scale_sums::<false>(sums, sum_of_codes, s, scale, &mut values);
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = if output == Output::Add { *out + value } else { value };
+            }
+        }
+    }
+}
+
+/// Codes are weight + 1, so the sum of the activations is taken off; then the epilogue. `ADD`s to `out`, or replaces it.
+#[inline(always)]
+fn scale_sums<const ADD: bool>(sums: &PanelSums, sum_of_codes: i32, s: f32, scale: f32, out: &mut [f32; ROW_TILE]) {
     // Loops, not closures: only what is inlined is compiled for the instruction set.
     if DIVISORS.contains(&s) {
         let divisor = Divisor::new(s);
         for (out, sum) in out.iter_mut().zip(sums) {
-            *out = divisor.divide((sum - sum_of_codes) as f32) * scale;
+            let value = divisor.divide((sum - sum_of_codes) as f32) * scale;
+            *out = if ADD { *out + value } else { value };
         }
     } else {
         for (out, sum) in out.iter_mut().zip(sums) {
-            *out = epilogue(sum - sum_of_codes, s, scale);
+            let value = epilogue(sum - sum_of_codes, s, scale);
+            *out = if ADD { *out + value } else { value };
         }
     }
 }
