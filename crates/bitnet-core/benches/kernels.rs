@@ -6,8 +6,8 @@ use std::{convert::Infallible, fmt};
 use bitnet_core::{
     kernels::{
         FloatOp, Isa, Output, TernaryKernel, available, math,
-        packing::{PackedLayout, PackedTernary},
-        screen::{ScreenInputs, ScreenMatrix, Selection},
+        packing::{PackedLayout, PackedTernary, ROW_TILE},
+        screen::{ScreenBuffer, ScreenInputs, ScreenMatrix, Screened, Selection},
     },
     quant::activation::ActivationBuffer,
     threads::{ColumnsMut, WorkerPool},
@@ -81,24 +81,26 @@ fn screen<const TOKENS: usize>(bencher: Bencher<'_, '_>, Choice(kernel, _): Choi
     let mut x = ScreenInputs::new(TOKENS, COLS);
     let inputs: Vec<f32> = (0..TOKENS).flat_map(values).collect();
     x.fill(&inputs, kernel.screen_bits(TOKENS), kernel.isa());
-    let (mut estimates, mut radii) = (vec![0.0; TOKENS * HEAD_ROWS], vec![0.0; TOKENS * HEAD_ROWS]);
+    let mut buffer = ScreenBuffer::new(TOKENS, HEAD_ROWS);
     bencher.counter(ItemsCount::new(HEAD_ROWS * COLS)).bench_local(|| {
-        kernel.screen(
-            &matrix.slice(0..HEAD_ROWS),
-            &x.view(TOKENS),
-            &mut ColumnsMut::new(black_box(&mut estimates), HEAD_ROWS),
-            &mut ColumnsMut::new(black_box(&mut radii), HEAD_ROWS),
-        );
+        let mut out = black_box(&mut buffer).shared(TOKENS).claim(0..HEAD_ROWS / ROW_TILE);
+        kernel.screen(&matrix.slice(0..HEAD_ROWS), &x.view(TOKENS), &mut out);
     });
 }
 
 #[divan::bench(args = [1, 50])]
 fn select_candidates(bencher: Bencher<'_, '_>, k: usize) {
-    let isa = available()[available().len() - 1].isa();
     let estimates: Vec<f32> = (0..128_256).map(|row| pattern(row, 7) * 10.0 + pattern(row, 11)).collect();
-    let radii = vec![0.5; estimates.len()];
+    let maxima: Vec<f32> =
+        estimates.chunks(ROW_TILE).map(|tile| tile.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
+    let radii = vec![0.5; maxima.len()];
     let mut selection = Selection::default();
-    bencher.bench_local(|| selection.candidates(black_box(&estimates), &radii, k, isa).len());
+    let screened = Screened { estimates: &estimates, maxima: &maxima, radii: &radii };
+    bencher.bench_local(|| {
+        let promising = selection.promising(black_box(&screened), k);
+        let least = promising.iter().map(|&id| estimates[id as usize]).fold(f32::INFINITY, f32::min);
+        selection.reaching(&screened, least).len()
+    });
 }
 
 #[divan::bench(args = Isa::available())]

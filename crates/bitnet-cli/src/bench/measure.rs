@@ -10,7 +10,7 @@ use bitnet_core::{
         limits::{Limits, Ruler},
     },
     kv_cache::{BLOCK_TOKENS, KvCache, KvDtype},
-    model::{BatchSequence, LogitRows, Screened, Workspace},
+    model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, SamplingParams},
     threads::WorkerPool,
 };
@@ -218,9 +218,9 @@ impl Bench {
     }
 
     fn choose_screened(&mut self, row: usize) -> TokenId {
-        let (Screened { estimates, radii }, mut scorer) = self.model.screened(row, &mut self.workspace);
+        let (screened, mut scorer) = self.model.screened(row, &mut self.workspace);
         let score = &mut |ids: &[u32], logits: &mut [f32]| scorer.score(ids, logits);
-        let chosen = self.sampler.sample_screened((estimates, radii), None, &self.greedy, KEY, score);
+        let chosen = self.sampler.sample_screened(screened, None, &self.greedy, KEY, score);
         chosen.ok().flatten().unwrap_or(TokenId(0))
     }
 

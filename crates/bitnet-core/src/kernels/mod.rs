@@ -26,14 +26,11 @@ use std::{ops::Range, sync::LazyLock};
 pub use autotune::autotune;
 pub use isa::{FloatOp, Isa, RUN, Widen, WideningOp};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
-use screen::{ActivationBits, PanelBounds, ScreenRows, SplitActivations};
+use screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations};
 pub use self_test::{SelfTestFailure, self_test};
 use sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS, MultiplyColumns, MultiplyRows};
 
-use crate::{
-    quant::{activation::QuantizedActivations, screen::SplitRow},
-    threads::ColumnsMut,
-};
+use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
 /// What a product does with what it finds in its outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,18 +86,11 @@ pub trait TernaryKernel: Send + Sync + 'static {
         ActivationBits::Fourteen
     }
 
-    /// Estimates of the product of every row and token, and how far from the exact value each can be.
-    /// `estimates`, `radii: [x.num_tokens(), w.rows()]`
+    /// Estimates of the product of every row and token, and how far from the exact values they can be.
     ///
     /// # Panics
     /// When the shapes do not agree, or `x` has bits that [`Self::screen_bits`] never names.
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    );
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>);
 
     /// `out[channel - first] = (w[channel] . x as f32) / s * scale` for the `channels` alone, ascending, of one token.
     ///
@@ -299,11 +289,12 @@ fn check_gemm<K: TernaryKernel>(kernel: &K, w: &PackedRows<'_>, x: &QuantizedAct
 }
 
 /// As [`check_gemv`].
-fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &ColumnsMut<'_>, radii: &ColumnsMut<'_>) {
-    for out in [estimates, radii] {
+fn check_screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &ScreensMut<'_>) {
+    let num_tiles = w.rows().div_ceil(ROW_TILE);
+    for (out, columns) in [(&out.estimates, w.rows()), (&out.maxima, num_tiles), (&out.radii, num_tiles)] {
         assert_eq!(
-            (x.num_tokens(), x.cols(), out.num_columns()),
-            (out.num_rows(), w.cols(), w.rows()),
+            (x.num_tokens(), x.cols(), columns),
+            (out.num_rows(), w.cols(), out.num_columns()),
             "shapes of a screen"
         );
     }
@@ -321,40 +312,6 @@ fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivatio
         (1, w.channels(), lines.len() * LINE_WEIGHTS),
         "shapes of a product of some columns"
     );
-}
-
-/// Writes what the sums of a panel's rows with the high and low parts of one token's codes say.
-#[inline(always)]
-fn write_screen(
-    sums: &[[i32; ROW_TILE]; 2],
-    rows: &PanelBounds,
-    x: &SplitRow,
-    estimates: &mut [f32],
-    radii: &mut [f32],
-) {
-    if let (Ok(estimates), Ok(radii)) = (whole_panel(estimates), whole_panel(radii)) {
-        write_whole_screen(sums, rows, x, estimates, radii);
-    } else {
-        let (mut values, mut distances) = ([0.0; ROW_TILE], [0.0; ROW_TILE]);
-        write_whole_screen(sums, rows, x, &mut values, &mut distances);
-        estimates.copy_from_slice(&values[..estimates.len()]);
-        radii.copy_from_slice(&distances[..radii.len()]);
-    }
-}
-
-#[inline(always)]
-fn write_whole_screen(
-    [high, low]: &[[i32; ROW_TILE]; 2],
-    rows: &PanelBounds,
-    x: &SplitRow,
-    estimates: &mut [f32; ROW_TILE],
-    radii: &mut [f32; ROW_TILE],
-) {
-    for row in 0..ROW_TILE {
-        let known = rows.row(row);
-        estimates[row] = known.estimate(x, high[row], low[row]);
-        radii[row] = x.radius(&known, estimates[row]);
-    }
 }
 
 /// The places of a panel's rows when it has all of them and no padding. What is not written there at once, but kept and then

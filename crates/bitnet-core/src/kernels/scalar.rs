@@ -2,8 +2,8 @@
 
 use super::{
     Isa, Output, TernaryKernel,
-    packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
-    screen::{ActivationBits, ScreenRows, SplitActivations},
+    packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
+    screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
 
@@ -56,16 +56,9 @@ impl TernaryKernel for Scalar {
     }
 
     // out[token][row] = bounds of (sum over columns of weight code * activation code)
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        super::check_screen(w, x, estimates, radii);
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+        super::check_screen(w, x, out);
         for (panel_index, (panel, bounds)) in w.panels().enumerate() {
-            let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
             for token in 0..x.num_tokens() {
                 let sums_of = |code_row| {
                     let codes = &x.codes(code_row)[..w.cols()];
@@ -80,9 +73,7 @@ impl TernaryKernel for Scalar {
                     ActivationBits::Eight => [x.outlier_sums(token, panel), sums_of(token)],
                     ActivationBits::Fourteen => [sums_of(2 * token), sums_of(2 * token + 1)],
                 };
-                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
-                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
-                super::write_screen(&sums, bounds, x.row(token), estimates, radii);
+                out.write(token, panel_index, &sums, bounds, x.row(token));
             }
         }
     }

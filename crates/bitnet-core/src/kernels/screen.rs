@@ -7,17 +7,17 @@ use std::ops::Range;
 
 use super::{
     FloatOp, Isa,
+    aligned::AlignedVec,
     arena::{Arena, Piece},
-    math::LANES,
-    packing::{ROW_TILE, TILE_BYTES, in_parallel},
+    packing::{ROW_TILE, TILE_BYTES, in_parallel, rows_of_tiles},
     prefetch::Prefetch,
 };
 use crate::{
     quant::{
         activation::Version,
-        screen::{Outliers, SplitRow, WeightRow, quantize_activations, quantize_weights, split_activations},
+        screen::{Norms, Outliers, SplitRow, WeightRow, quantize_activations, quantize_weights, split_activations},
     },
-    threads::{SharedRows, WorkerPool},
+    threads::{ColumnsMut, SharedColumns, SharedRows, WorkerPool},
 };
 
 /// Where weights come from: writes the row given by its index.
@@ -38,26 +38,24 @@ pub struct ScreenMatrix {
 pub(super) struct PanelBounds {
     scales: [f32; ROW_TILE],
     code_sums: [i32; ROW_TILE],
-    residual_norms: [f32; ROW_TILE],
-    code_norms: [f32; ROW_TILE],
+    /// Of any of them.
+    norms: Norms,
 }
 
 impl PanelBounds {
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> WeightRow {
-        WeightRow {
-            scale: self.scales[row],
-            code_sum: self.code_sums[row],
-            residual_norm: self.residual_norms[row],
-            code_norm: self.code_norms[row],
-        }
+        WeightRow { scale: self.scales[row], code_sum: self.code_sums[row], norms: self.norms }
+    }
+
+    pub(super) fn norms(&self) -> &Norms {
+        &self.norms
     }
 
     fn set_row(&mut self, row: usize, known: WeightRow) {
         self.scales[row] = known.scale;
         self.code_sums[row] = known.code_sum;
-        self.residual_norms[row] = known.residual_norm;
-        self.code_norms[row] = known.code_norm;
+        self.norms = self.norms.max(known.norms);
     }
 }
 
@@ -318,117 +316,237 @@ impl<'a> SplitActivations<'a> {
     }
 }
 
-/// Finds the rows whose exact values must be known, in memory allocated once.
-#[derive(Debug, Default)]
-pub struct Selection {
-    lower_bounds: Vec<f32>,
-    candidates: Vec<u32>,
+/// What a screen says of one token: every product lies within the radius of its tile of its estimate.
+#[derive(Clone, Copy, Debug)]
+pub struct Screened<'a> {
+    /// Close to the products. `[rows]`; never NaN.
+    pub estimates: &'a [f32],
+    /// The largest estimate of each tile of [`ROW_TILE`] rows. `[rows / ROW_TILE, rounded up]`
+    pub maxima: &'a [f32],
+    /// How far off an estimate of the tile can be, rounding included; infinite where nothing is known, never NaN. As many.
+    pub radii: &'a [f32],
 }
 
-impl Selection {
-    /// The ids of all rows that can be among the `k` largest, ascending; at least `k` (or all).
-    ///
-    /// With `lower = estimate - radius` and `upper = estimate + radius`, let `T` be such that `k` rows have `lower >= T`.
-    /// A row with `upper < T` is smaller than these `k`: it is neither one of the largest nor tied with them. Rounding
-    /// cannot change this, for the exact values are `f32` too and rounding is monotone. `T` is the `k`-th largest of
-    /// the maxima of groups of rows, hardly less than that of all.
-    ///
-    /// Anything monotone, such as a temperature and noise, may have been applied to both bounds alike.
-    ///
-    /// # Panics
-    /// When the lengths differ or `k` is 0.
-    pub fn candidates(&mut self, estimates: &[f32], radii: &[f32], k: usize, isa: Isa) -> &[u32] {
-        assert!(k > 0 && estimates.len() == radii.len(), "{k} of {} and {} rows", estimates.len(), radii.len());
-        self.candidates.clear();
-        isa.run(Select { estimates, radii, k, selection: self });
-        &self.candidates
+impl<'a> Screened<'a> {
+    /// The tiles: `(estimates, the largest of them, radius)`.
+    #[inline(always)]
+    pub(crate) fn tiles(&self) -> impl Iterator<Item = (&'a [f32], f32, f32)> + use<'a> {
+        let bounds = self.maxima.iter().copied().zip(self.radii.iter().copied());
+        self.estimates.chunks(ROW_TILE).zip(bounds).map(|(estimates, (max, radius))| (estimates, max, radius))
     }
 }
 
-/// Rows of a group; the compiler makes vectors of it.
-const GROUP: usize = 32;
-
-struct Select<'a> {
-    estimates: &'a [f32],
-    radii: &'a [f32],
-    k: usize,
-    selection: &'a mut Selection,
+/// Screens of some tokens, in memory allocated once.
+#[derive(Debug)]
+pub struct ScreenBuffer {
+    // [max_tokens, rows], and twice [max_tokens, tiles]
+    estimates: AlignedVec<f32>,
+    maxima: AlignedVec<f32>,
+    radii: AlignedVec<f32>,
+    rows: usize,
 }
 
-impl FloatOp for Select<'_> {
+impl ScreenBuffer {
+    /// Room for `max_tokens` screens of `rows` rows.
+    pub fn new(max_tokens: usize, rows: usize) -> Self {
+        let tiles = || AlignedVec::new(max_tokens * rows.div_ceil(ROW_TILE));
+        Self { estimates: AlignedVec::new(max_tokens * rows), maxima: tiles(), radii: tiles(), rows }
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        [&self.estimates, &self.maxima, &self.radii].map(|values| size_of_val(&values[..])).iter().sum()
+    }
+
+    /// What the screen says of token `index`.
+    ///
+    /// # Panics
+    /// When there is no such token.
+    pub fn screened(&self, index: usize) -> Screened<'_> {
+        let num_tiles = self.rows.div_ceil(ROW_TILE);
+        let of_tiles = index * num_tiles..(index + 1) * num_tiles;
+        Screened {
+            estimates: &self.estimates[index * self.rows..(index + 1) * self.rows],
+            maxima: &self.maxima[of_tiles.clone()],
+            radii: &self.radii[of_tiles],
+        }
+    }
+
+    /// Lets several workers screen the first `num_tokens` tokens in one phase.
+    ///
+    /// # Panics
+    /// When there is room for fewer.
+    pub fn shared(&mut self, num_tokens: usize) -> SharedScreens<'_> {
+        let (rows, num_tiles) = (self.rows, self.rows.div_ceil(ROW_TILE));
+        SharedScreens {
+            estimates: SharedColumns::new(&mut self.estimates[..num_tokens * rows], rows, ROW_TILE),
+            maxima: SharedColumns::new(&mut self.maxima[..num_tokens * num_tiles], num_tiles, 1),
+            radii: SharedColumns::new(&mut self.radii[..num_tokens * num_tiles], num_tiles, 1),
+            rows,
+        }
+    }
+}
+
+/// A [`ScreenBuffer`] that the workers of one phase fill together.
+#[derive(Debug)]
+pub struct SharedScreens<'a> {
+    estimates: SharedColumns<'a>,
+    maxima: SharedColumns<'a>,
+    radii: SharedColumns<'a>,
+    rows: usize,
+}
+
+impl<'a> SharedScreens<'a> {
+    /// The rows of `tiles`, exclusively.
+    ///
+    /// # Panics
+    /// When `tiles` reaches outside or one of them was claimed before.
+    pub fn claim(&self, tiles: Range<usize>) -> ScreensMut<'a> {
+        ScreensMut {
+            estimates: self.estimates.claim(rows_of_tiles(tiles.clone(), self.rows)),
+            maxima: self.maxima.claim(tiles.clone()),
+            radii: self.radii.claim(tiles),
+        }
+    }
+}
+
+/// A worker's tiles of the screens of some tokens.
+#[derive(Debug)]
+pub struct ScreensMut<'a> {
+    pub(super) estimates: ColumnsMut<'a>,
+    pub(super) maxima: ColumnsMut<'a>,
+    pub(super) radii: ColumnsMut<'a>,
+}
+
+impl ScreensMut<'_> {
+    /// Writes what the sums of tile `tile`, counted from the first claimed, with the high and low parts of one token's codes say.
+    #[inline(always)]
+    pub(super) fn write(
+        &mut self,
+        token: usize,
+        tile: usize,
+        sums: &[[i32; ROW_TILE]; 2],
+        rows: &PanelBounds,
+        x: &SplitRow,
+    ) {
+        let estimates = &mut self.estimates.row_mut(token)[tile * ROW_TILE..];
+        let max = if let Some(estimates) = estimates.first_chunk_mut::<ROW_TILE>() {
+            estimate(sums, rows, x, estimates);
+            largest(estimates)
+        } else {
+            let mut values = [0.0; ROW_TILE];
+            estimate(sums, rows, x, &mut values);
+            estimates.copy_from_slice(&values[..estimates.len()]);
+            // Padding has estimates, too.
+            values[estimates.len()..].fill(f32::NEG_INFINITY);
+            largest(&values)
+        };
+        self.maxima.row_mut(token)[tile] = max;
+        self.radii.row_mut(token)[tile] = x.radius(rows.norms());
+    }
+}
+
+#[inline(always)]
+fn estimate([high, low]: &[[i32; ROW_TILE]; 2], rows: &PanelBounds, x: &SplitRow, estimates: &mut [f32; ROW_TILE]) {
+    for row in 0..ROW_TILE {
+        estimates[row] = rows.row(row).estimate(x, high[row], low[row]);
+    }
+}
+
+/// The largest of values none of which is NaN, at vector width.
+#[inline(always)]
+fn largest(values: &[f32; ROW_TILE]) -> f32 {
+    let mut max = *values;
+    let mut width = ROW_TILE / 2;
+    while width > 0 {
+        for lane in 0..width {
+            max[lane] = larger(max[lane], max[lane + width]);
+        }
+        width /= 2;
+    }
+    max[0]
+}
+
+/// The largest value of each tile of `estimates`, which the screen did not write itself.
+pub(crate) fn maxima_of(estimates: &[f32], maxima: &mut Vec<f32>, isa: Isa) {
+    isa.run(Maxima { estimates, maxima });
+}
+
+struct Maxima<'a> {
+    estimates: &'a [f32],
+    maxima: &'a mut Vec<f32>,
+}
+
+impl FloatOp for Maxima<'_> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { estimates, radii, k, selection: Selection { lower_bounds, candidates } } = self;
-        if k >= estimates.len() {
-            candidates.extend(0..estimates.len() as u32);
-            return;
+        self.maxima.clear();
+        let (tiles, rest) = self.estimates.as_chunks::<ROW_TILE>();
+        for tile in tiles {
+            self.maxima.push(largest(tile));
         }
-        lower_bounds.clear();
-        if estimates.len() / GROUP >= 4 * k {
-            largest_lower_bounds(estimates, radii, lower_bounds);
-        } else {
-            let bounds = estimates.iter().zip(radii).map(|(estimate, radius)| estimate - radius);
-            lower_bounds.extend(bounds.map(|lower| larger(f32::NEG_INFINITY, lower)));
+        if !rest.is_empty() {
+            self.maxima.push(rest.iter().fold(f32::NEG_INFINITY, |max, &value| larger(max, value)));
         }
-        let descending = |a: &f32, b: &f32| b.total_cmp(a);
-        let (_, &mut threshold, _) = lower_bounds.select_nth_unstable_by(k - 1, descending);
-        let (groups, rest) = estimates.as_chunks::<GROUP>();
-        let (radii_of_groups, radii_of_rest) = radii.as_chunks::<GROUP>();
-        for ((estimates, radii), first) in groups.iter().zip(radii_of_groups).zip((0..).step_by(GROUP)) {
-            extend_by_possible(estimates, radii, threshold, first, candidates);
-        }
-        let first = estimates.len() - rest.len();
-        extend_by_possible(rest, radii_of_rest, threshold, first as u32, candidates);
     }
 }
 
-/// The largest lower bound of each group of [`GROUP`] rows (of the last rows: of fewer). Rows of a group are 16 apart, so that
-/// no vector is reduced.
-#[inline(always)]
-fn largest_lower_bounds(estimates: &[f32], radii: &[f32], lower_bounds: &mut Vec<f32>) {
-    for (estimates, radii) in estimates.chunks(GROUP * LANES).zip(radii.chunks(GROUP * LANES)) {
-        let mut max = [f32::NEG_INFINITY; LANES];
-        let (steps, rest) = estimates.as_chunks::<LANES>();
-        let (radii, radii_of_rest) = radii.as_chunks::<LANES>();
-        for (estimates, radii) in steps.iter().zip(radii) {
-            for lane in 0..LANES {
-                max[lane] = larger(max[lane], estimates[lane] - radii[lane]);
+/// Finds the rows whose exact values must be known to find the `k` largest, in memory allocated once.
+///
+/// First [`Selection::promising`] ones, `k` where there are so many: let `T` be the smallest of their exact values. A row that
+/// cannot reach `T` is smaller than these `k`: it is neither one of the largest nor tied with them. So the rest of
+/// [`Selection::reaching`] decide. Rounding cannot change this, for the exact values are `f32` too and rounding is monotone.
+#[derive(Debug, Default)]
+pub struct Selection {
+    /// The maximum of each tile, and its index.
+    maxima: Vec<(f32, u32)>,
+    ids: Vec<u32>,
+}
+
+impl Selection {
+    /// The largest estimates of the `k` tiles that have the largest; of fewer where there are no more.
+    pub fn promising(&mut self, screened: &Screened<'_>, k: usize) -> &[u32] {
+        self.maxima.clear();
+        self.maxima.extend(screened.maxima.iter().copied().zip(0..));
+        let k = k.min(self.maxima.len());
+        if let Some(last) = k.checked_sub(1) {
+            self.maxima.select_nth_unstable_by(last, |(a, _), (b, _)| b.total_cmp(a));
+        }
+        self.ids.clear();
+        self.ids.extend(self.maxima[..k].iter().map(|&(max, tile)| {
+            let first = tile as usize * ROW_TILE;
+            let place = screened.estimates[first..].iter().position(|&estimate| estimate == max);
+            (first + place.unwrap_or(0)) as u32
+        }));
+        &self.ids
+    }
+
+    /// The ids of all rows that can be as large as `least`, ascending; of all where it is NaN.
+    pub fn reaching(&mut self, screened: &Screened<'_>, least: f32) -> &[u32] {
+        self.ids.clear();
+        for ((estimates, max, radius), first) in screened.tiles().zip((0..).step_by(ROW_TILE)) {
+            if can_reach(max, radius, least) {
+                let ids = estimates.iter().zip(first..).filter(|(estimate, _)| can_reach(**estimate, radius, least));
+                self.ids.extend(ids.map(|(_, id)| id));
             }
         }
-        for ((max, estimate), radius) in max.iter_mut().zip(rest).zip(radii_of_rest) {
-            *max = larger(*max, estimate - radius);
-        }
-        lower_bounds.extend_from_slice(&max);
+        &self.ids
     }
 }
 
-/// NaN, of an infinite estimate or of noise, never counts as large.
-#[inline(always)]
-fn larger(max: f32, lower: f32) -> f32 {
-    if lower > max { lower } else { max }
-}
-
-/// Appends the ids, from `first` on, of the rows of a group that are no smaller than `threshold` for certain.
-#[inline(always)]
-fn extend_by_possible(estimates: &[f32], radii: &[f32], threshold: f32, first: u32, candidates: &mut Vec<u32>) {
-    let mut any = false;
-    for (&estimate, &radius) in estimates.iter().zip(radii) {
-        any |= is_possible(estimate, radius, threshold);
-    }
-    if any {
-        let ids = estimates.iter().zip(radii).zip(first..);
-        let ids = ids.filter(|((estimate, radius), _)| is_possible(**estimate, **radius, threshold));
-        candidates.extend(ids.map(|(_, id)| id));
-    }
-}
-
-/// Negated, so that NaN is kept.
+/// Negated, so that NaN can.
 #[inline(always)]
 #[allow(clippy::neg_cmp_op_on_partial_ord)]
-fn is_possible(estimate: f32, radius: f32, threshold: f32) -> bool {
-    !(estimate + radius < threshold)
+fn can_reach(estimate: f32, radius: f32, least: f32) -> bool {
+    !(estimate + radius < least)
+}
+
+/// NaN never counts as large.
+#[inline(always)]
+fn larger(max: f32, value: f32) -> f32 {
+    if value > max { value } else { max }
 }
 
 struct Quantize<'a> {

@@ -5,8 +5,8 @@ use std::convert::Infallible;
 
 use super::{
     Output, TernaryKernel, available,
-    packing::{PackedLayout, PackedTernary},
-    screen::{ScreenInputs, ScreenMatrix},
+    packing::{PackedLayout, PackedTernary, ROW_TILE},
+    screen::{ScreenBuffer, ScreenInputs, ScreenMatrix, Screened},
     sparse::{ActiveChannels, ChannelColumns, ChannelRows, LINE_WEIGHTS},
 };
 use crate::{
@@ -153,21 +153,18 @@ fn is_screen_right(case: &Case, kernel: &dyn TernaryKernel, pool: &mut WorkerPoo
     let Ok(matrix) = ScreenMatrix::pack(rows, cols, kernel.isa(), pool, &decode);
     let mut inputs = ScreenInputs::new(num_tokens, cols);
     inputs.fill(&case.x, kernel.screen_bits(num_tokens), kernel.isa());
-    let (mut estimates, mut radii) = (vec![f32::NAN; num_tokens * rows], vec![f32::NAN; num_tokens * rows]);
-    kernel.screen(
-        &matrix.slice(0..rows),
-        &inputs.view(num_tokens),
-        &mut ColumnsMut::new(&mut estimates, rows),
-        &mut ColumnsMut::new(&mut radii, rows),
-    );
+    let mut buffer = ScreenBuffer::new(num_tokens, rows);
+    let mut out = buffer.shared(num_tokens).claim(0..rows.div_ceil(ROW_TILE));
+    kernel.screen(&matrix.slice(0..rows), &inputs.view(num_tokens), &mut out);
     let mut weights = vec![0.0; cols];
     (0..rows).all(|row| {
         let Ok(()) = decode(row, &mut weights);
         let norm = dot(&weights, &weights).sqrt();
         case.x.chunks_exact(cols).enumerate().all(|(token, x)| {
-            let (estimate, radius) = (estimates[token * rows + row], radii[token * rows + row]);
-            let off = (dot(&weights, x) - f64::from(estimate)).abs();
-            off <= f64::from(radius) && f64::from(radius) <= 0.05 * norm * dot(x, x).sqrt()
+            let Screened { estimates, maxima, radii } = buffer.screened(token);
+            let (max, radius) = (maxima[row / ROW_TILE], radii[row / ROW_TILE]);
+            let off = (dot(&weights, x) - f64::from(estimates[row])).abs();
+            off <= f64::from(radius) && f64::from(radius) <= 0.05 * norm * dot(x, x).sqrt() && estimates[row] <= max
         })
     })
 }

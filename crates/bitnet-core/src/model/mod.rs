@@ -24,7 +24,7 @@ mod workspace;
 pub use batch::{Batch, BatchError, BatchSequence, LogitRows};
 pub use forward::{Trace, TracePoint};
 pub use pooling::PooledStates;
-pub use screen::{Scorer, Screened};
+pub use screen::Scorer;
 pub use sparse::SparseFfn;
 pub use weights::{Model, ModelOptions, StepCost, WeightBytes};
 pub use workspace::Workspace;

@@ -16,23 +16,13 @@ use crate::{
     kernels::{
         Isa,
         packing::{ROW_TILE, rows_of_tiles},
-        screen::ScreenMatrix,
+        screen::{ScreenMatrix, Screened},
     },
-    threads::{SharedColumns, SharedRows, WorkerPool},
+    threads::{SharedRows, WorkerPool},
 };
 
 /// Tokens below which scoring them stays on the calling thread.
 const MIN_TOKENS_TO_SPLIT: usize = 16;
-
-/// What a screen says of one row: every logit lies within its radius of its estimate. Both are `[vocab_size]`; a radius is
-/// infinite where nothing is known, never NaN.
-#[derive(Clone, Copy, Debug)]
-pub struct Screened<'a> {
-    /// Close to the logits.
-    pub estimates: &'a [f32],
-    /// How far off an estimate can be, rounding included.
-    pub radii: &'a [f32],
-}
 
 /// Computes single logits of a row.
 #[derive(Debug)]
@@ -87,13 +77,10 @@ impl Model {
         let hidden = &buffers.normed[rows.start * screen.cols()..rows.end * screen.cols()];
         buffers.screen_inputs.fill(hidden, kernel.screen_bits(num_rows), kernel.isa());
         let x = buffers.screen_inputs.view(num_rows);
-        let columns = |out| SharedColumns::new(out, screen.rows(), ROW_TILE);
-        let estimates = columns(&mut buffers.estimates[..num_rows * screen.rows()]);
-        let radii = columns(&mut buffers.radii[..num_rows * screen.rows()]);
+        let screens = buffers.screens.shared(num_rows);
         workspace.pool.run_chunks(screen.rows().div_ceil(ROW_TILE), 1, &|tiles| {
-            let rows = rows_of_tiles(tiles, screen.rows());
-            let (mut estimates, mut radii) = (estimates.claim(rows.clone()), radii.claim(rows.clone()));
-            kernel.screen(&screen.slice(rows), &x, &mut estimates, &mut radii);
+            let rows = rows_of_tiles(tiles.clone(), screen.rows());
+            kernel.screen(&screen.slice(rows), &x, &mut screens.claim(tiles));
         });
     }
 
@@ -113,12 +100,11 @@ impl Model {
     /// When it was not one of those screened.
     pub fn screened<'a>(&'a self, row: usize, workspace: &'a mut Workspace) -> (Screened<'a>, Scorer<'a>) {
         assert!(workspace.fits(self) && workspace.screened_rows.contains(&row), "a row that was not screened");
-        let (hidden_size, vocab_size) = (self.head().cols, self.head().rows);
-        let logits = (row - workspace.screened_rows.start) * vocab_size..;
-        let Buffers { normed, estimates, radii, head_rows, .. } = &mut workspace.buffers;
-        let (estimates, radii) = (&estimates[logits.clone()][..vocab_size], &radii[logits][..vocab_size]);
+        let hidden_size = self.head().cols;
+        let Buffers { normed, screens, head_rows, .. } = &mut workspace.buffers;
+        let screened = screens.screened(row - workspace.screened_rows.start);
         let hidden = &normed[row * hidden_size..][..hidden_size];
-        (Screened { estimates, radii }, Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: head_rows })
+        (screened, Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: head_rows })
     }
 }
 
@@ -209,8 +195,10 @@ mod tests {
                 let exact = model.logits(0..Workspace::MAX_LOGIT_ROWS, &mut workspace).to_vec();
                 model.screen(0..Workspace::MAX_LOGIT_ROWS, &mut workspace);
                 for (row, exact) in exact.chunks_exact(VOCAB).enumerate() {
-                    let (Screened { estimates, radii }, mut scorer) = model.screened(row, &mut workspace);
-                    let ids = selection.candidates(estimates, radii, 1, kernel.isa());
+                    let (screened, mut scorer) = model.screened(row, &mut workspace);
+                    let mut best_known = [0.0];
+                    scorer.score(selection.promising(&screened, 1), &mut best_known);
+                    let ids = selection.reaching(&screened, best_known[0]);
                     let mut scores = vec![0.0; ids.len()];
                     scorer.score(ids, &mut scores);
                     let max = exact.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -237,9 +225,9 @@ mod tests {
         workspace.buffers.normed[5] = f32::NAN;
         workspace.num_logit_rows = 1;
         model.screen(0..1, &mut workspace);
-        let (Screened { estimates, radii }, mut scorer) = model.screened(0, &mut workspace);
+        let (screened, mut scorer) = model.screened(0, &mut workspace);
         let mut selection = Selection::default();
-        assert_eq!(selection.candidates(estimates, radii, 1, kernel.isa()).len(), VOCAB);
+        assert_eq!(selection.reaching(&screened, f32::MAX).len(), VOCAB);
         scorer.score(&[], &mut []);
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     kernels::{
         self, Output, SelfTestFailure, TernaryKernel,
         packing::{PackedTernary, ROW_TILE},
-        screen::{ScreenInputs, ScreenMatrix, ScreenRows, SplitActivations},
+        screen::{ScreenBuffer, ScreenInputs, ScreenMatrix, ScreenRows, Screened, SplitActivations},
     },
     quant::activation::{ActivationBuffer, QuantizedActivations},
     threads::{ColumnsMut, WorkerPool},
@@ -130,8 +130,9 @@ impl Model {
             let x = inputs.view(num_tokens);
             let ours = screened(self.kernel, &matrix.slice(rows.clone()), &x);
             let expected = screened(oracle(), &matrix.slice(panel.clone()), &x);
-            let mut tokens = ours.chunks_exact(rows.len()).zip(expected.chunks_exact(panel.len()));
-            if !tokens.all(|(ours, expected)| is_equal(&ours[rows.len() - panel.len()..], expected)) {
+            if !(0..num_tokens)
+                .all(|token| is_equal(&last_tile(&ours.screened(token)), &last_tile(&expected.screened(token))))
+            {
                 let operation = "screen of the model".to_owned();
                 return Err(SelfTestFailure { operation, rows: matrix.rows(), cols, num_tokens });
             }
@@ -154,14 +155,19 @@ fn values(token: usize, cols: usize) -> Vec<f32> {
     (first..first + cols as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as f32 - 127.0).collect()
 }
 
-/// The estimates of every token and then the radii, `[2, num_tokens, rows]`.
-fn screened(kernel: &dyn TernaryKernel, rows: &ScreenRows<'_>, x: &SplitActivations<'_>) -> Vec<f32> {
-    let len = x.num_tokens() * rows.rows();
-    let mut bounds = vec![f32::NAN; 2 * len];
-    let (estimates, radii) = bounds.split_at_mut(len);
-    let [mut estimates, mut radii] = [estimates, radii].map(|bounds| ColumnsMut::new(bounds, rows.rows()));
-    kernel.screen(rows, x, &mut estimates, &mut radii);
-    bounds
+fn screened(kernel: &dyn TernaryKernel, rows: &ScreenRows<'_>, x: &SplitActivations<'_>) -> ScreenBuffer {
+    let mut buffer = ScreenBuffer::new(x.num_tokens(), rows.rows());
+    kernel.screen(rows, x, &mut buffer.shared(x.num_tokens()).claim(0..rows.rows().div_ceil(ROW_TILE)));
+    buffer
+}
+
+/// All that a screen says of its last tile.
+fn last_tile(screened: &Screened<'_>) -> [f32; ROW_TILE + 2] {
+    let (mut all, last) = ([0.0; ROW_TILE + 2], screened.maxima.len() - 1);
+    let estimates = &screened.estimates[last * ROW_TILE..];
+    all[..estimates.len()].copy_from_slice(estimates);
+    all[ROW_TILE..].copy_from_slice(&[screened.maxima[last], screened.radii[last]]);
+    all
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@ use std::ops::Range;
 use super::{Model, attention, lm_head, sparse::SparseScratch};
 use crate::{
     checkpoint::ModelConfig,
-    kernels::{aligned::AlignedVec, screen::ScreenInputs},
+    kernels::{
+        aligned::AlignedVec,
+        screen::{ScreenBuffer, ScreenInputs},
+    },
     quant::activation::ActivationBuffer,
     threads::WorkerPool,
 };
@@ -60,11 +63,9 @@ pub(super) struct Buffers {
     pub(super) head_rows: AlignedVec<f32>,
     /// `[MAX_LOGIT_ROWS, vocab_size]`
     pub(super) logits: AlignedVec<f32>,
-    /// For the head's screen, if the model has one: hidden states, and the estimates and radii,
-    /// `[MAX_SCREENED_ROWS, vocab_size]`.
+    /// For the head's screen, if the model has one: `MAX_SCREENED_ROWS` hidden states, and what it says of them.
     pub(super) screen_inputs: ScreenInputs,
-    pub(super) estimates: AlignedVec<f32>,
-    pub(super) radii: AlignedVec<f32>,
+    pub(super) screens: ScreenBuffer,
 }
 
 /// The part of [`Buffers`] that one step uses: `[num_rows, ..]` each.
@@ -170,8 +171,7 @@ impl Buffers {
             head_rows: AlignedVec::new(num_threads * lm_head::ROWS * hidden_size),
             logits: AlignedVec::new(Workspace::MAX_LOGIT_ROWS * vocab_size),
             screen_inputs: ScreenInputs::new(max_screened_rows, hidden_size),
-            estimates: AlignedVec::new(max_screened_rows * vocab_size),
-            radii: AlignedVec::new(max_screened_rows * vocab_size),
+            screens: ScreenBuffer::new(max_screened_rows, vocab_size),
         }
     }
 
@@ -200,11 +200,12 @@ impl Buffers {
     fn bytes(&self) -> usize {
         let row_buffers = [&self.x, &self.normed, &self.angles, &self.q, &self.k, &self.v, &self.attended];
         let block_buffers = [&self.projected, &self.gate, &self.up, &self.attention, &self.partials];
-        let head_buffers = [&self.head_rows, &self.logits, &self.estimates, &self.radii];
+        let head_buffers = [&self.head_rows, &self.logits];
         let floats = row_buffers.iter().chain(&block_buffers).chain(&head_buffers);
         floats.map(|buffer| size_of_val(&buffer[..])).sum::<usize>()
             + self.quantized.bytes()
             + self.sparse.bytes()
             + self.screen_inputs.bytes()
+            + self.screens.bytes()
     }
 }

@@ -42,10 +42,24 @@ pub struct WeightRow {
     pub scale: f32,
     /// Sum of the codes: takes the bias of the activations off again.
     pub code_sum: i32,
+    /// Its norms.
+    pub norms: Norms,
+}
+
+/// Bounds of the norms of a row, or of each of several.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Norms {
     /// At least `|e|`; infinite when a weight is not finite, so that the row is never ruled out.
-    pub residual_norm: f32,
+    pub residual: f32,
     /// At least `s |q|`.
-    pub code_norm: f32,
+    pub code: f32,
+}
+
+impl Norms {
+    /// Of both.
+    pub fn max(self, other: Self) -> Self {
+        Self { residual: self.residual.max(other.residual), code: self.code.max(other.code) }
+    }
 }
 
 /// What is known of an input beside its codes.
@@ -71,7 +85,8 @@ pub fn quantize_weights(weights: &[f32], codes: &mut [i8]) -> WeightRow {
     let absmax = absmax(weights);
     if !absmax.is_finite() {
         codes.fill(0);
-        return WeightRow { scale: 0.0, code_sum: 0, residual_norm: f32::INFINITY, code_norm: f32::MIN_POSITIVE };
+        let norms = Norms { residual: f32::INFINITY, code: f32::MIN_POSITIVE };
+        return WeightRow { scale: 0.0, code_sum: 0, norms };
     }
     let scale = absmax.max(TINY) / MAX_WEIGHT_CODE as f32;
     let inverse = MAX_WEIGHT_CODE as f32 / absmax.max(TINY);
@@ -86,7 +101,7 @@ pub fn quantize_weights(weights: &[f32], codes: &mut [i8]) -> WeightRow {
     }
     let residual = norm(weights, |weight| f64::from(weight) - f64::from(scale) * f64::from(code_of(weight)));
     let code_norm = f64::from(scale) * f64::from(code_square).sqrt();
-    WeightRow { scale, code_sum, residual_norm: round_up(residual), code_norm: round_up(code_norm) }
+    WeightRow { scale, code_sum, norms: Norms { residual: round_up(residual), code: round_up(code_norm) } }
 }
 
 /// Writes the high and low halves of the biased codes of an input; absmax, ties to even.
@@ -212,14 +227,16 @@ impl SplitRow {
     const UNBOUNDED: Self =
         Self { high_weight: 0, bias: 0, step: 0.0, norm: f32::INFINITY, residual_norm: f32::INFINITY, rounding: 0.0 };
 
-    /// No less than the distance between `estimate` and the row's product in 16-lane `f32` arithmetic; never NaN.
+    /// No less than the distance between the estimate of a row of these norms and its product in 16-lane `f32` arithmetic;
+    /// never NaN. An estimate is `s q . t p`, and `t p` is `x - d`.
     #[inline(always)]
-    pub fn radius(&self, row: &WeightRow, estimate: f32) -> f32 {
+    pub fn radius(&self, row: &Norms) -> f32 {
         const UP: f32 = 1.0 + 1.0 / (1 << 20) as f32;
         const HALF_ULPS: f32 = 1.0 / (1 << 22) as f32;
-        let magnitude = self.norm * (row.code_norm + row.residual_norm);
-        let quantization = self.norm * row.residual_norm + self.residual_norm * row.code_norm;
-        let rounding = magnitude * self.rounding + estimate.abs() * HALF_ULPS + f32::MIN_POSITIVE;
+        let magnitude = self.norm * (row.code + row.residual);
+        let quantization = self.norm * row.residual + self.residual_norm * row.code;
+        let estimate = row.code * (self.norm + self.residual_norm);
+        let rounding = magnitude * self.rounding + estimate * HALF_ULPS + f32::MIN_POSITIVE;
         // Sums that could overflow are not bounded by anything.
         if magnitude < 1e37 { (quantization + rounding) * UP } else { f32::INFINITY }
     }

@@ -4,6 +4,8 @@ use super::noise::{Noise, gumbel, gumbel_bound};
 use crate::kernels::{
     FloatOp,
     math::{LANES, exp, lane_tree},
+    packing::ROW_TILE,
+    screen::Screened,
 };
 
 /// An id and the most its logit, or its noisy score, can be.
@@ -17,15 +19,14 @@ pub(super) struct Reach {
 /// radius of its estimate.
 ///
 /// ```text
-/// lower[id], upper[id] = (estimate[id] -+ radius[id]) / temperature + gumbel(noise.bits(id))
+/// lower[id], upper[id] = (estimate[id] -+ radius[tile of id]) / temperature + gumbel(noise.bits(id))
 /// found = { id : upper[id] >= max lower }
 /// ```
 /// Every operation here is the one the exact score takes, and rounding is monotone: an exact score lies between the two.
-/// What differs from the plain loop: groups of ids whose cheap upper bound stays below the best lower one so far are
+/// What differs from the plain loop: tiles whose cheap upper bound stays below the best lower one so far are
 /// passed over, and what was found too early is dropped at the end.
 pub(super) struct NoisyCandidates<'a> {
-    pub(super) estimates: &'a [f32],
-    pub(super) radii: &'a [f32],
+    pub(super) screened: &'a Screened<'a>,
     pub(super) temperature: f32,
     pub(super) noise: Noise,
     pub(super) found: &'a mut Vec<Reach>,
@@ -36,19 +37,21 @@ impl FloatOp for NoisyCandidates<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { estimates, radii, temperature, noise, found } = self;
+        let Self { screened, temperature, noise, found } = self;
         found.clear();
         let mut best = f32::NEG_INFINITY;
-        let groups = estimates.chunks(GROUP).zip(radii.chunks(GROUP)).zip((0_u32..).step_by(GROUP));
-        for ((estimates, radii), first) in groups {
+        for ((estimates, max, radius), first) in screened.tiles().zip((0_u32..).step_by(ROW_TILE)) {
+            if is_below((max + radius) / temperature + MOST_NOISE, best) {
+                continue;
+            }
             let mut possible = false;
-            for ((&estimate, &radius), id) in estimates.iter().zip(radii).zip(first..) {
+            for (&estimate, id) in estimates.iter().zip(first..) {
                 possible |= !is_below((estimate + radius) / temperature + gumbel_bound(noise.bits(id)), best);
             }
             if !possible {
                 continue;
             }
-            for ((&estimate, &radius), id) in estimates.iter().zip(radii).zip(first..) {
+            for (&estimate, id) in estimates.iter().zip(first..) {
                 let noise = gumbel(noise.bits(id));
                 let upper = (estimate + radius) / temperature + noise;
                 if !is_below(upper, best) {
@@ -66,8 +69,7 @@ impl FloatOp for NoisyCandidates<'_> {
 /// The ids, ascending, whose logit can be `least` or more, into `above`, and what is known of the others. `None` when those ids
 /// are so many that the whole row is as cheap.
 pub(super) struct Split<'a> {
-    pub(super) estimates: &'a [f32],
-    pub(super) radii: &'a [f32],
+    pub(super) screened: &'a Screened<'a>,
     pub(super) least: f32,
     pub(super) temperature: f32,
     pub(super) above: &'a mut Vec<u32>,
@@ -94,25 +96,20 @@ impl FloatOp for Split<'_> {
 
     #[inline(always)]
     fn call(self) -> Option<Rest> {
-        let Self { estimates, radii, least, temperature, above } = self;
-        let most = estimates.len() / WHOLE_ROW_SHARE;
+        let Self { screened, least, temperature, above } = self;
+        let most = screened.estimates.len() / WHOLE_ROW_SHARE;
         let reference = least / temperature;
         let mut lanes = [0.0; LANES];
-        for ((estimates, radii), first) in
-            estimates.chunks(LANES).zip(radii.chunks(LANES)).zip((0_u32..).step_by(LANES))
-        {
-            let mut possible = false;
-            for ((&estimate, &radius), lane) in estimates.iter().zip(radii).zip(&mut lanes) {
-                let is_above = !is_below(estimate + radius, least);
-                possible |= is_above;
-                let share = exp((estimate - radius) / temperature - reference);
-                *lane += if is_above { 0.0 } else { share };
+        for ((estimates, max, radius), first) in screened.tiles().zip((0_u32..).step_by(ROW_TILE)) {
+            for estimates in estimates.chunks(LANES) {
+                for (&estimate, lane) in estimates.iter().zip(&mut lanes) {
+                    let share = exp((estimate - radius) / temperature - reference);
+                    *lane += if is_below(estimate + radius, least) { share } else { 0.0 };
+                }
             }
-            if possible {
-                let ids = estimates.iter().zip(radii).zip(first..);
-                above.extend(
-                    ids.filter(|((estimate, radius), _)| !is_below(*estimate + *radius, least)).map(|(_, id)| id),
-                );
+            if !is_below(max + radius, least) {
+                let ids = estimates.iter().zip(first..);
+                above.extend(ids.filter(|(estimate, _)| !is_below(**estimate + radius, least)).map(|(_, id)| id));
                 if above.len() > most {
                     return None;
                 }
@@ -131,5 +128,5 @@ pub(super) fn is_below(upper: f32, best: f32) -> bool {
     upper < best
 }
 
-/// Ids that are looked at together before any of them is looked at alone.
-const GROUP: usize = 64;
+/// No less than any noise.
+const MOST_NOISE: f32 = 23.0;

@@ -17,7 +17,7 @@ use crate::{
     kernels::{
         Isa,
         math::{exp, ln},
-        screen::Selection,
+        screen::{Screened, Selection, maxima_of},
     },
 };
 
@@ -32,8 +32,9 @@ pub struct Sampler {
     /// The row being worked on. `[vocab_size]`
     row: Vec<f32>,
     candidates: Vec<Candidate>,
-    /// For a choice by few logits: estimates after a mask, ids that may matter, and those scored, ascending.
+    /// For a choice by few logits: estimates after a mask and their maxima, ids that may matter, and those scored, ascending.
     masked: Vec<f32>,
+    maxima: Vec<f32>,
     selection: Selection,
     reaches: Vec<Reach>,
     ids: Vec<u32>,
@@ -58,6 +59,7 @@ impl Sampler {
             row: Vec::with_capacity(vocab_size),
             candidates: Vec::new(),
             masked: Vec::new(),
+            maxima: Vec::new(),
             selection: Selection::default(),
             reaches: Vec::new(),
             ids: Vec::new(),
@@ -102,9 +104,8 @@ impl Sampler {
         Ok(TokenId(self.isa.run(NoisyArgmax { row: &self.row, start, noise })))
     }
 
-    /// The token that [`Sampler::sample`] would choose of the whole row, given that every logit lies within its radius of its
-    /// estimate (infinite where nothing is known): `score` is asked for the exact logits that decide it. Only `allowed` ids may
-    /// come, if given. `None`: too many would have to be asked for.
+    /// The token that [`Sampler::sample`] would choose of the whole row, given what a screen says of it: `score` is asked for
+    /// the exact logits that decide it. Only `allowed` ids may come, if given. `None`: too many would have to be asked for.
     ///
     /// # Errors
     /// [`NotFinite`] when an exact logit is NaN or +infinity, or no id is left.
@@ -113,61 +114,86 @@ impl Sampler {
     /// When the token depends on more ([`SamplingParams::needs_whole_row`]).
     pub fn sample_screened(
         &mut self,
-        (estimates, radii): (&[f32], &[f32]),
+        screened: Screened<'_>,
         allowed: Option<&TokenMask>,
         params: &SamplingParams,
         key: SampleKey,
         score: &mut Score<'_>,
     ) -> Result<Option<TokenId>, NotFinite> {
         assert!(!params.needs_whole_row(), "a choice that no few logits decide");
-        let mut masked = std::mem::take(&mut self.masked);
-        let estimates = match allowed {
+        let (mut masked, mut maxima) = (std::mem::take(&mut self.masked), std::mem::take(&mut self.maxima));
+        let screened = match allowed {
             Some(allowed) => {
-                allowed.apply(estimates, &mut masked);
-                &masked
+                allowed.apply(screened.estimates, &mut masked);
+                maxima_of(&masked, &mut maxima, self.isa);
+                Screened { estimates: &masked, maxima: &maxima, ..screened }
             }
-            None => estimates,
+            None => screened,
         };
         // An infinite radius lets what is excluded reach anywhere.
         let may_come = |id: u32| allowed.is_none_or(|allowed| allowed.contains(TokenId(id)));
         let drawn = if params.is_greedy() || params.top_k > 0 {
-            self.score_best((estimates, radii), may_come, params, score)?;
-            self.sample_scored(params, key).map(Some)
+            let scored = self.score_best(&screened, may_come, params, score);
+            scored.and_then(|()| self.sample_scored(params, key)).map(Some)
         } else {
-            self.sample_noisy((estimates, radii), may_come, params, key, score)
+            self.sample_noisy(&screened, may_come, params, key, score)
         };
-        self.masked = masked;
+        (self.masked, self.maxima) = (masked, maxima);
         drawn
     }
 
     /// Scores those that can be among the largest: of top_k, or the only one.
     fn score_best(
         &mut self,
-        (estimates, radii): (&[f32], &[f32]),
+        screened: &Screened<'_>,
         may_come: impl Fn(u32) -> bool,
         params: &SamplingParams,
         score: &mut Score<'_>,
     ) -> Result<(), NotFinite> {
         let count = if params.is_greedy() { 1 } else { params.top_k as usize };
-        let ids = self.selection.candidates(estimates, radii, count, self.isa).iter().filter(|id| may_come(**id));
-        self.reaches.clear();
-        self.reaches.extend(ids.map(|&id| Reach { id, upper: estimates[id as usize] + radii[id as usize] }));
-        self.score_reaches(count, |_, logit| logit, score)
+        self.ids.clear();
+        self.ids.extend(self.selection.promising(screened, count).iter().filter(|id| may_come(**id)));
+        self.score_ids(score);
+        let least = self.logits.iter().copied().fold(f32::INFINITY, f32::min);
+        let least = if self.ids.len() < count { f32::NEG_INFINITY } else { least };
+        self.ids.clear();
+        self.ids.extend(self.selection.reaching(screened, least).iter().filter(|id| may_come(**id)));
+        self.score_ids(score);
+        self.isa.run(FiniteMax(&self.logits)).map(|_| ())
+    }
+
+    /// Scores those of `reaches` whose noisy score can be the largest: that of the most promising rules most others out.
+    fn score_noisy(&mut self, temperature: f32, noise: Noise, score: &mut Score<'_>) -> Result<(), NotFinite> {
+        let promising = self.reaches.iter().max_by(|a, b| a.upper.total_cmp(&b.upper));
+        self.ids.clear();
+        self.ids.extend(promising.map(|reach| reach.id));
+        self.score_ids(score);
+        let scored = self.ids.iter().zip(&self.logits);
+        let least = scored.fold(f32::INFINITY, |_, (&id, logit)| logit / temperature + gumbel(noise.bits(id)));
+        self.ids.clear();
+        self.ids.extend(self.reaches.iter().filter(|reach| !is_below(reach.upper, least)).map(|reach| reach.id));
+        self.score_ids(score);
+        self.isa.run(FiniteMax(&self.logits)).map(|_| ())
+    }
+
+    fn score_ids(&mut self, score: &mut Score<'_>) {
+        self.logits.resize(self.ids.len(), 0.0);
+        score(&self.ids, &mut self.logits);
     }
 
     /// As [`Sampler::sample_screened`], where all ids are in the draw, or those that min_p and top_p keep.
     fn sample_noisy(
         &mut self,
-        (estimates, radii): (&[f32], &[f32]),
+        screened: &Screened<'_>,
         may_come: impl Fn(u32) -> bool,
         params: &SamplingParams,
         key: SampleKey,
         score: &mut Score<'_>,
     ) -> Result<Option<TokenId>, NotFinite> {
         let (isa, temperature, noise) = (self.isa, params.temperature, Noise::new(params.seed, key));
-        isa.run(NoisyCandidates { estimates, radii, temperature, noise, found: &mut self.reaches });
+        isa.run(NoisyCandidates { screened, temperature, noise, found: &mut self.reaches });
         self.reaches.retain(|reach| may_come(reach.id));
-        self.score_reaches(1, |id, logit| logit / temperature + gumbel(noise.bits(id)), score)?;
+        self.score_noisy(temperature, noise, score)?;
         let drawn = self.sample_scored(params, key)?;
         if params.top_p >= 1.0 && params.min_p <= 0.0 {
             return Ok(Some(drawn));
@@ -176,46 +202,12 @@ impl Sampler {
         let place = self.ids.binary_search(&drawn.0).expect("one of those scored");
         let least = self.logits[place];
         self.ids.clear();
-        let Some(rest) = isa.run(Split { estimates, radii, least, temperature, above: &mut self.ids }) else {
+        let Some(rest) = isa.run(Split { screened, least, temperature, above: &mut self.ids }) else {
             return Ok(None);
         };
         self.ids.retain(|&id| may_come(id));
-        self.logits.resize(self.ids.len(), 0.0);
-        score(&self.ids, &mut self.logits);
+        self.score_ids(score);
         Ok(self.is_surely_kept(drawn, rest, params)?.then_some(drawn))
-    }
-
-    /// Scores, into `ids`, ascending, and `logits`, those of `reaches` that can be among the `count` of the largest `value`, of
-    /// which no more than the reach is known at first: the exact values of the most promising rule most others out.
-    fn score_reaches(
-        &mut self,
-        count: usize,
-        value: impl Fn(u32, f32) -> f32,
-        score: &mut Score<'_>,
-    ) -> Result<(), NotFinite> {
-        let Self { isa, candidates, reaches, ids, logits, .. } = self;
-        let count = count.min(reaches.len());
-        if count < reaches.len() {
-            reaches.select_nth_unstable_by(count - 1, |a, b| b.upper.total_cmp(&a.upper));
-        }
-        let (promising, others) = reaches.split_at(count);
-        ids.clear();
-        ids.extend(promising.iter().map(|reach| reach.id));
-        logits.resize(count, 0.0);
-        score(ids, logits);
-        // Of NaN there is no least; it is found below.
-        let least = ids.iter().zip(&*logits).map(|(&id, &logit)| value(id, logit)).fold(f32::INFINITY, f32::min);
-        ids.extend(others.iter().filter(|reach| !is_below(reach.upper, least)).map(|reach| reach.id));
-        logits.resize(ids.len(), 0.0);
-        score(&ids[count..], &mut logits[count..]);
-        isa.run(FiniteMax(logits))?;
-        candidates.clear();
-        candidates.extend(ids.iter().zip(&*logits).map(|(&id, &score)| Candidate { score, id }));
-        candidates.sort_unstable_by_key(|candidate| candidate.id);
-        for ((id, logit), candidate) in ids.iter_mut().zip(logits).zip(candidates) {
-            (*id, *logit) = (candidate.id, candidate.score);
-        }
-        Ok(())
     }
 
     /// The token [`Sampler::sample`] would choose of a row of which only `logits`, those of `ids`, are not excluded; min_p and

@@ -9,7 +9,11 @@ use super::{
 };
 use crate::{
     ids::TokenId,
-    kernels::{Isa, screen::Selection},
+    kernels::{
+        Isa,
+        packing::ROW_TILE,
+        screen::{Screened, maxima_of},
+    },
 };
 
 const KEY: SampleKey = SampleKey { choice: 0, position: 0 };
@@ -230,22 +234,44 @@ proptest! {
     }
 }
 
-/// Estimates and radii that `logits` agree with: off by up to the radius, exactly so now and then.
-fn screened(logits: &[f32], radius: f32, seed: u32) -> (Vec<f32>, Vec<f32>) {
-    let noise = Noise::new(i64::from(seed), KEY);
-    let estimate = |(id, &logit): (u32, &f32)| {
-        let shift = (noise.bits(id) >> 8) as f32 / (1 << 23) as f32 - 1.0;
-        let estimate = logit + radius * shift;
-        (estimate, (estimate - logit).abs().max(radius / 2.0).next_up())
-    };
-    (0..).zip(logits).map(estimate).unzip()
+/// What a screen may say of a row.
+struct Bounds {
+    estimates: Vec<f32>,
+    maxima: Vec<f32>,
+    radii: Vec<f32>,
+}
+
+impl Bounds {
+    /// Estimates that are off by up to `radius`.
+    fn of(logits: &[f32], radius: f32, seed: u32) -> Self {
+        let noise = Noise::new(i64::from(seed), KEY);
+        let estimate = |(id, &logit): (u32, &f32)| {
+            let shift = (noise.bits(id) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+            logit + radius * shift
+        };
+        let estimates: Vec<f32> = (0..).zip(logits).map(estimate).collect();
+        let off = |(estimate, logit): (&f32, &f32)| (estimate - logit).abs().max(radius / 2.0).next_up();
+        let tiles = estimates.chunks(ROW_TILE).zip(logits.chunks(ROW_TILE));
+        let radii = tiles.map(|(estimates, logits)| estimates.iter().zip(logits).map(off).fold(0.0, f32::max));
+        Self::new(radii.collect(), estimates)
+    }
+
+    fn new(radii: Vec<f32>, estimates: Vec<f32>) -> Self {
+        let mut maxima = Vec::new();
+        maxima_of(&estimates, &mut maxima, Isa::BASELINE);
+        Self { estimates, maxima, radii }
+    }
+
+    fn screened(&self) -> Screened<'_> {
+        Screened { estimates: &self.estimates, maxima: &self.maxima, radii: &self.radii }
+    }
 }
 
 /// What the candidates decide, and what the whole row does. `None` of the candidates: they leave it to the whole row.
 fn both_ways(
     isa: Isa,
     logits: &[f32],
-    (estimates, radii): &(Vec<f32>, Vec<f32>),
+    bounds: &Bounds,
     allowed: Option<&TokenMask>,
     params: &SamplingParams,
 ) -> (Option<Result<TokenId, NotFinite>>, Result<TokenId, NotFinite>) {
@@ -257,7 +283,7 @@ fn both_ways(
     let whole = sampler.sample(&row, params, &[], &[], &[], KEY);
     let mut score =
         |ids: &[u32], out: &mut [f32]| ids.iter().zip(out).for_each(|(&id, out)| *out = logits[id as usize]);
-    (sampler.sample_screened((estimates, radii), allowed, params, KEY, &mut score).transpose(), whole)
+    (sampler.sample_screened(bounds.screened(), allowed, params, KEY, &mut score).transpose(), whole)
 }
 
 proptest! {
@@ -277,9 +303,9 @@ proptest! {
         let logits: Vec<f32> = levels.iter().map(|&level| level as f32 * spread).collect();
         let params = SamplingParams { temperature, top_k, min_p, top_p, seed: i64::from(seed), ..SamplingParams::default() };
         let allowed = words.map(TokenMask::from_words).filter(|allowed| (0..logits.len()).any(|id| allowed.contains(TokenId(id as u32))));
-        let screened = screened(&logits, radius, seed);
+        let bounds = Bounds::of(&logits, radius, seed);
         for isa in [Isa::BASELINE, Isa::available()[Isa::available().len() - 1]] {
-            let (decided, whole) = both_ways(isa, &logits, &screened, allowed.as_ref(), &params);
+            let (decided, whole) = both_ways(isa, &logits, &bounds, allowed.as_ref(), &params);
             prop_assert!(decided.is_none_or(|decided| decided == whole), "{decided:?} instead of {whole:?}");
             let is_exact = temperature == 0.0 || top_k > 0 || min_p == 0.0 && top_p == 1.0;
             prop_assert!(decided.is_some() || !is_exact);
@@ -294,12 +320,12 @@ fn a_peaked_row_is_decided_without_the_whole_row() {
     // The largest of 50,000 noises is about 11: what is left of the row after ten tokens has little of the mass.
     let logits: Vec<f32> =
         (0..VOCAB as u32).map(|id| gumbel(noise.bits(id)) + if id % 5000 == 77 { 14.0 } else { 0.0 }).collect();
-    let screened = screened(&logits, 0.2, 3);
+    let bounds = Bounds::of(&logits, 0.2, 3);
     let mut num_decided = 0;
     for seed in 0..200 {
         for (top_p, min_p) in [(0.9, 0.0), (1.0, 0.1)] {
             let params = SamplingParams { top_p, min_p, seed, temperature: 0.8, ..SamplingParams::default() };
-            let (decided, whole) = both_ways(Isa::available()[0], &logits, &screened, None, &params);
+            let (decided, whole) = both_ways(Isa::available()[0], &logits, &bounds, None, &params);
             assert!(decided.is_none_or(|decided| decided == whole));
             num_decided += usize::from(decided.is_some());
         }
@@ -312,18 +338,20 @@ fn the_most_promising_logits_rule_most_others_out() {
     let noise = Noise::new(5, KEY);
     let logits: Vec<f32> = (0..50_000).map(|id| 0.5 * gumbel(noise.bits(id))).collect();
     // As in a screen of many columns, whose errors are far from all the same way.
-    let (estimates, radii) = (screened(&logits, 0.2, 3).0, vec![2.0; logits.len()]);
+    let bounds = Bounds::new(vec![2.0; logits.len().div_ceil(ROW_TILE)], Bounds::of(&logits, 0.2, 3).estimates);
+    let mut sorted = bounds.estimates.clone();
+    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
     for (temperature, top_k) in [(0.0, 0), (0.0001, 0), (1.0, 5)] {
         let params = SamplingParams { temperature, top_k, ..SamplingParams::default() };
-        let isa = Isa::available()[0];
-        let possible = Selection::default().candidates(&estimates, &radii, top_k.max(1) as usize, isa).len();
+        // All that the bounds alone leave open.
+        let lower = sorted[top_k.saturating_sub(1) as usize] - 2.0;
+        let possible = sorted.iter().filter(|estimate| **estimate + 2.0 >= lower).count();
         let mut num_scored = 0;
         let mut score = |ids: &[u32], out: &mut [f32]| {
             num_scored += ids.len();
             ids.iter().zip(out).for_each(|(&id, out)| *out = logits[id as usize]);
         };
-        let drawn =
-            Sampler::with_isa(logits.len(), isa).sample_screened((&estimates, &radii), None, &params, KEY, &mut score);
+        let drawn = Sampler::new(logits.len()).sample_screened(bounds.screened(), None, &params, KEY, &mut score);
         assert_eq!(drawn.map(|drawn| drawn.expect("few decide it")), draw(&logits, &params, KEY));
         assert!(num_scored * 2 < possible, "{num_scored} of {possible}");
     }
@@ -333,12 +361,13 @@ fn the_most_promising_logits_rule_most_others_out() {
 fn a_logit_that_is_not_finite_is_a_candidate() {
     for temperature in [0.0, 1.0] {
         let params = SamplingParams { temperature, ..SamplingParams::default() };
-        let (mut estimates, mut radii) = (vec![5.0; 200], vec![0.1; 200]);
-        (estimates[150], radii[150]) = (0.0, f32::INFINITY);
+        let (mut estimates, mut radii) = (vec![5.0; 200], vec![0.1; 7]);
+        (estimates[150], radii[150 / ROW_TILE]) = (0.0, f32::INFINITY);
+        let bounds = Bounds::new(radii, estimates);
         let mut score = |ids: &[u32], out: &mut [f32]| {
             ids.iter().zip(out).for_each(|(&id, out)| *out = if id == 150 { f32::NAN } else { 5.0 });
         };
-        let drawn = Sampler::new(200).sample_screened((&estimates, &radii), None, &params, KEY, &mut score);
+        let drawn = Sampler::new(200).sample_screened(bounds.screened(), None, &params, KEY, &mut score);
         assert_eq!(drawn, Err(NotFinite));
     }
 }

@@ -10,7 +10,7 @@ use bitnet_core::{
     Batch, Model, TokenId,
     checkpoint::Pooling,
     kv_cache::KvCache,
-    model::{BatchSequence, LogitRows, Screened, Workspace},
+    model::{BatchSequence, LogitRows, Workspace},
     sampling::{SampleKey, Sampler, TokenLogprobs},
 };
 
@@ -268,9 +268,9 @@ impl ModelExecutor {
         let mut constraint = share.constraint();
         let allowed = constraint.as_mut().map(|constraint| constraint.allowed()).transpose();
         let allowed = allowed.map_err(|_| EngineError::Constraint)?;
-        let (Screened { estimates, radii }, mut scorer) = self.model.screened(row, &mut self.workspace);
+        let (screened, mut scorer) = self.model.screened(row, &mut self.workspace);
         let score = &mut |ids: &[u32], logits: &mut [f32]| scorer.score(ids, logits);
-        let drawn = self.reader.sampler.sample_screened((estimates, radii), allowed, params, key, score);
+        let drawn = self.reader.sampler.sample_screened(screened, allowed, params, key, score);
         let drawn = drawn.map_err(|_| EngineError::NotFinite)?;
         drop(constraint);
         let Some(token) = drawn else {

@@ -3,8 +3,8 @@
 use crate::{
     kernels::{
         Isa, Output, TernaryKernel,
-        packing::{PackedLayout, PackedRows},
-        screen::{ScreenRows, SplitActivations},
+        packing::{PackedLayout, PackedRows, ROW_TILE},
+        screen::{ScreenRows, ScreensMut, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -54,18 +54,14 @@ impl TernaryKernel for Broken {
         }
     }
 
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        self.kernel.screen(w, x, estimates, radii);
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+        self.kernel.screen(w, x, out);
         let num_tokens = x.num_tokens();
         if (self.is_wrong)(Shape { is_screen: true, cols: w.cols(), num_tokens }) {
-            let (estimates, radii) = (estimates.row_mut(num_tokens - 1), radii.row_mut(num_tokens - 1));
-            estimates.iter_mut().zip(radii).for_each(|(estimate, radius)| *estimate += 3.0 * *radius);
+            let (estimates, radii) = (out.estimates.row_mut(num_tokens - 1), out.radii.row_mut(num_tokens - 1));
+            for (estimates, radius) in estimates.chunks_mut(ROW_TILE).zip(radii) {
+                estimates.iter_mut().for_each(|estimate| *estimate += 3.0 * *radius);
+            }
         }
     }
 

@@ -7,15 +7,15 @@ use super::Random;
 use crate::{
     kernels::{
         FloatOp, Isa, TernaryKernel, available, math,
-        packing::ROW_TILE,
+        packing::{ROW_TILE, rows_of_tiles},
         screen::{
             ActivationBits::{self, Eight, Fourteen},
-            ScreenInputs, ScreenMatrix, Selection,
+            ScreenBuffer, ScreenInputs, ScreenMatrix, Screened, Selection, maxima_of,
         },
         select,
     },
     quant::screen::MAX_OUTLIERS,
-    threads::{ColumnsMut, SharedColumns, WorkerPool},
+    threads::WorkerPool,
 };
 
 /// `weights: [rows, cols]`, `x: [num_tokens, cols]`.
@@ -45,21 +45,16 @@ impl Case {
         matrix
     }
 
-    /// Estimates and radii, `[num_tokens, rows]` each, by the kernel called `name`.
-    fn screen(&self, name: &str, bits: ActivationBits) -> (Vec<f32>, Vec<f32>) {
+    /// What the kernel called `name` says.
+    fn screen(&self, name: &str, bits: ActivationBits) -> ScreenBuffer {
         let kernel = select(name).unwrap();
         let matrix = self.pack(kernel.isa());
         let mut inputs = ScreenInputs::new(self.num_tokens(), self.cols);
         inputs.fill(&self.x, bits, kernel.isa());
-        let len = self.num_tokens() * self.rows;
-        let (mut estimates, mut radii) = (vec![f32::NAN; len], vec![f32::NAN; len]);
-        kernel.screen(
-            &matrix.slice(0..self.rows),
-            &inputs.view(self.num_tokens()),
-            &mut ColumnsMut::new(&mut estimates, self.rows),
-            &mut ColumnsMut::new(&mut radii, self.rows),
-        );
-        (estimates, radii)
+        let mut buffer = ScreenBuffer::new(self.num_tokens(), self.rows);
+        let mut out = buffer.shared(self.num_tokens()).claim(0..self.rows.div_ceil(ROW_TILE));
+        kernel.screen(&matrix.slice(0..self.rows), &inputs.view(self.num_tokens()), &mut out);
+        buffer
     }
 
     /// Checks the bits of every kernel, and every bound against the product in `f64` and in 16-lane `f32`.
@@ -69,15 +64,20 @@ impl Case {
     }
 
     fn check_bits(&self, bits: ActivationBits, label: &str) {
-        let (estimates, radii) = self.screen("scalar", bits);
+        let expected = self.screen("scalar", bits);
         for kernel in available().iter().filter(|kernel| takes(**kernel, bits)) {
-            let (ours, distances) = self.screen(kernel.name(), bits);
-            let equal = |a: &[f32], b: &[f32]| super::bits(a) == super::bits(b);
-            assert!(equal(&ours, &estimates) && equal(&distances, &radii), "{} {label}", kernel.name());
+            let ours = self.screen(kernel.name(), bits);
+            for token in 0..self.num_tokens() {
+                let same = bits_of(&ours.screened(token)) == bits_of(&expected.screened(token));
+                assert!(same, "{} {label}", kernel.name());
+            }
         }
         for (token, x) in self.x.chunks_exact(self.cols).enumerate() {
+            let Screened { estimates, maxima, radii } = expected.screened(token);
+            let max_of = |tile: &[f32]| tile.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert!(estimates.chunks(ROW_TILE).map(max_of).eq(maxima.iter().copied()), "{label}");
             for (row, weights) in self.weights.chunks_exact(self.cols).enumerate() {
-                let (estimate, radius) = (estimates[token * self.rows + row], radii[token * self.rows + row]);
+                let (estimate, radius) = (estimates[row], radii[row / ROW_TILE]);
                 let exact: f64 = weights.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
                 let off = |value: f64| (value - f64::from(estimate)).abs();
                 let worst = off(exact).max(off(f64::from(math::dot_16(weights, x))));
@@ -86,6 +86,10 @@ impl Case {
             }
         }
     }
+}
+
+fn bits_of(screened: &Screened<'_>) -> [Vec<u32>; 3] {
+    [screened.estimates, screened.maxima, screened.radii].map(super::bits)
 }
 
 /// Whether `kernel` screens activations of `bits`.
@@ -139,8 +143,9 @@ fn radii_are_small_enough_to_be_useful() {
     let mut case = Case::random(64, 2560, 1);
     let norm = |values: &[f32]| math::sum_squares_16(values).sqrt();
     let check = |case: &Case, bits, limit: f32| {
-        let (_, radii) = case.screen("scalar", bits);
-        for (weights, radius) in case.weights.chunks_exact(2560).zip(radii) {
+        let buffer = case.screen("scalar", bits);
+        for (weights, row) in case.weights.chunks_exact(2560).zip(0..) {
+            let radius = buffer.screened(0).radii[row / ROW_TILE];
             assert!(radius < limit * norm(weights) * norm(&case.x), "{bits:?}");
         }
     };
@@ -171,19 +176,19 @@ fn outliers_keep_all_of_their_bits() {
 #[test]
 fn splitting_rows_among_workers_changes_nothing() {
     let case = Case::random(200, 60, 3);
-    let (expected, _) = case.screen("scalar", Fourteen);
+    let expected = case.screen("scalar", Fourteen);
     let kernel = select("auto").unwrap();
     let matrix = case.pack(kernel.isa());
     let mut inputs = ScreenInputs::new(3, 60);
     inputs.fill(&case.x, Fourteen, kernel.isa());
-    let (mut estimates, mut radii) = (vec![0.0; 600], vec![0.0; 600]);
-    let shared = [&mut estimates, &mut radii].map(|out| SharedColumns::new(out, 200, ROW_TILE));
+    let mut buffer = ScreenBuffer::new(3, 200);
+    let shared = buffer.shared(3);
     WorkerPool::new(3).run(&|worker| {
-        let share = worker.share(200, ROW_TILE);
-        let [mut estimates, mut radii] = shared.each_ref().map(|out| out.claim(share.clone()));
-        kernel.screen(&matrix.slice(share), &inputs.view(3), &mut estimates, &mut radii);
+        let tiles = worker.share(200_usize.div_ceil(ROW_TILE), 1);
+        let rows = rows_of_tiles(tiles.clone(), 200);
+        kernel.screen(&matrix.slice(rows), &inputs.view(3), &mut shared.claim(tiles));
     });
-    assert_eq!(super::bits(&estimates), super::bits(&expected));
+    (0..3).for_each(|token| assert_eq!(bits_of(&buffer.screened(token)), bits_of(&expected.screened(token))));
 }
 
 #[test]
@@ -219,17 +224,19 @@ fn check_candidates(name: &str, bits: ActivationBits, limit: usize) {
     for row in (0..60).step_by(3) {
         case.weights.copy_within(row * cols..(row + 1) * cols, (row + 150) * cols);
     }
-    let (estimates, radii) = case.screen(name, bits);
+    let buffer = case.screen(name, bits);
     let isa = *Isa::available().last().unwrap();
     let mut selection = Selection::default();
     let mut num_candidates = 0;
     for state in 0..STATES {
         let exact = isa.run(Exact(&case, &case.x[state * cols..][..cols]));
-        let of_state = state * rows..(state + 1) * rows;
         let mut sorted = exact.clone();
         sorted.sort_unstable_by(|a, b| b.total_cmp(a));
         for k in [1, 2, 40] {
-            let found = selection.candidates(&estimates[of_state.clone()], &radii[of_state.clone()], k, isa);
+            let promising = selection.promising(&buffer.screened(state), k);
+            let least = promising.iter().map(|&id| exact[id as usize]).fold(f32::INFINITY, f32::min);
+            let least = if promising.len() < k { f32::NEG_INFINITY } else { least };
+            let found = selection.reaching(&buffer.screened(state), least);
             assert!(found.is_sorted());
             let needed = (0..rows as u32).filter(|id| exact[*id as usize] >= sorted[k - 1]);
             assert!(needed.clone().count() >= k);
@@ -246,12 +253,18 @@ fn check_candidates(name: &str, bits: ActivationBits, limit: usize) {
 fn candidates_are_never_lost_to_values_that_are_not_numbers() {
     let mut selection = Selection::default();
     let mut estimates = vec![0.0; 1000];
-    let mut radii = vec![0.5; 1000];
-    estimates[700] = 10.0;
-    (estimates[3], estimates[4], radii[999]) = (f32::NAN, 9.5, f32::INFINITY);
+    let mut radii = vec![0.5; 32];
+    (estimates[700], estimates[4], radii[31]) = (10.0, 9.5, f32::INFINITY);
+    // The last tile has eight rows of which nothing is known, one of them minus infinity.
+    estimates[999] = f32::NEG_INFINITY;
     for isa in Isa::available() {
-        assert_eq!(selection.candidates(&estimates, &radii, 1, isa), [3, 4, 700, 999]);
-        assert_eq!(selection.candidates(&[1.0, 2.0], &[0.0, 0.0], 5, isa), [0, 1]);
-        assert_eq!(selection.candidates(&[1.0, 2.0, 2.0], &[0.0; 3], 1, isa), [1, 2]);
+        let mut maxima = Vec::new();
+        maxima_of(&estimates, &mut maxima, isa);
+        let screened = Screened { estimates: &estimates, maxima: &maxima, radii: &radii };
+        assert_eq!(selection.promising(&screened, 1), [700]);
+        let last: Vec<u32> = [4, 700].into_iter().chain(992..1000).collect();
+        assert_eq!(selection.reaching(&screened, 10.0), last);
+        assert_eq!(selection.reaching(&screened, f32::NAN).len(), 1000);
+        assert_eq!(selection.promising(&screened, 50).len(), 32);
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     kernels::{
         Isa, Output, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
-        screen::{ActivationBits, ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -81,16 +81,10 @@ impl TernaryKernel for Avx2 {
         unsafe { gemv(w, x, out) }
     }
 
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        check_screen(w, x, estimates, radii);
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+        check_screen(w, x, out);
         // SAFETY: as in `gemv`.
-        unsafe { screen(w, x, estimates, radii) }
+        unsafe { screen(w, x, out) }
     }
 
     fn multiply_registers(&self, rounds: u32) -> u64 {
@@ -130,16 +124,14 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
     assert_eq!(x.bits(), ActivationBits::Fourteen, "halves to join");
     let join = |block: &mut [i8]| join_halves(block);
-    screen_by_blocks(w, x, estimates, radii, 2 * SCREEN_BLOCK, Some(&join), |panel, ahead, block, sums| {
-        match sums.len() {
-            2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
-            4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
-            6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
-            _ => screen_gemm::<4, 1>(panel, ahead, block, sums),
-        }
+    screen_by_blocks(w, x, out, 2 * SCREEN_BLOCK, Some(&join), |panel, ahead, block, sums| match sums.len() {
+        2 => screen_gemm::<1, 4>(panel, ahead, block, sums),
+        4 => screen_gemm::<2, 2>(panel, ahead, block, sums),
+        6 => screen_gemm::<3, 1>(panel, ahead, block, sums),
+        _ => screen_gemm::<4, 1>(panel, ahead, block, sums),
     });
 }
 

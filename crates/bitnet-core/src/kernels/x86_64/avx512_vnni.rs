@@ -24,7 +24,7 @@ use crate::{
     kernels::{
         Isa, Output, TernaryKernel, check_active, check_channels, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows, TILE_BYTES},
-        screen::{ActivationBits, ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations},
         sparse::{ActiveChannels, ChannelColumns, ChannelRows},
     },
     quant::activation::QuantizedActivations,
@@ -85,16 +85,10 @@ impl TernaryKernel for Avx512Vnni {
         if num_tokens < BYTES_FROM { ActivationBits::Fourteen } else { ActivationBits::Eight }
     }
 
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        check_screen(w, x, estimates, radii);
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+        check_screen(w, x, out);
         // SAFETY: as in `gemv`.
-        unsafe { screen(w, x, estimates, radii) }
+        unsafe { screen(w, x, out) }
     }
 
     fn gemv_channels(
@@ -163,8 +157,8 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    screen_by_blocks(w, x, estimates, radii, BLOCK, None, |panel, ahead, block, sums| {
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+    screen_by_blocks(w, x, out, BLOCK, None, |panel, ahead, block, sums| {
         by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], unpacked_gemm::<N, true>(panel, ahead, block, sums));
     });
 }

@@ -13,7 +13,7 @@ use crate::{
     kernels::{
         Isa, Output, TernaryKernel, check_gemm, check_gemv, check_screen,
         packing::{PackedLayout, PackedRows},
-        screen::{ActivationBits, ScreenRows, SplitActivations},
+        screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations},
     },
     quant::activation::QuantizedActivations,
     threads::ColumnsMut,
@@ -67,16 +67,10 @@ impl TernaryKernel for AvxVnni {
         if num_tokens < BYTES_FROM { ActivationBits::Fourteen } else { ActivationBits::Eight }
     }
 
-    fn screen(
-        &self,
-        w: &ScreenRows<'_>,
-        x: &SplitActivations<'_>,
-        estimates: &mut ColumnsMut<'_>,
-        radii: &mut ColumnsMut<'_>,
-    ) {
-        check_screen(w, x, estimates, radii);
+    fn screen(&self, w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+        check_screen(w, x, out);
         // SAFETY: as in `gemv`.
-        unsafe { screen(w, x, estimates, radii) }
+        unsafe { screen(w, x, out) }
     }
 
     fn multiply_registers(&self, rounds: u32) -> u64 {
@@ -119,8 +113,8 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, estimates: &mut ColumnsMut<'_>, radii: &mut ColumnsMut<'_>) {
-    screen_by_blocks(w, x, estimates, radii, UNPACKED_BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>) {
+    screen_by_blocks(w, x, out, UNPACKED_BLOCK, None, |panel, ahead, block, sums| match sums.len() {
         1 => unpacked_gemm::<1, 4, true>(panel, ahead, block, sums),
         2 => unpacked_gemm::<2, 4, true>(panel, ahead, block, sums),
         3 => unpacked_gemm::<3, 2, true>(panel, ahead, block, sums),

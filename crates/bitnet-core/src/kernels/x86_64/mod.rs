@@ -25,8 +25,8 @@ use super::{
     epilogue,
     packing::{PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
     prefetch_line,
-    screen::{ScreenRows, SplitActivations},
-    whole_panel, write_screen,
+    screen::{ScreenRows, ScreensMut, SplitActivations},
+    whole_panel,
 };
 use crate::{
     quant::activation::{QuantizedActivations, Version},
@@ -176,8 +176,7 @@ type Prepare<'f> = &'f dyn Fn(&mut [i8]);
 fn screen_by_blocks(
     w: &ScreenRows<'_>,
     x: &SplitActivations<'_>,
-    estimates: &mut ColumnsMut<'_>,
-    radii: &mut ColumnsMut<'_>,
+    out: &mut ScreensMut<'_>,
     block: usize,
     prepare: Option<Prepare<'_>>,
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
@@ -192,19 +191,16 @@ fn screen_by_blocks(
     let of = (x.version(), code_rows * num_tokens, code_rows * block_tokens, cols);
     let interleaved = scratch.interleaved.get(of, |row| x.codes(row), prepare);
     for (panel_index, (panel, bounds)) in w.panels().enumerate() {
-        let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let ahead = Ahead::of(panel, w.asks_ahead(num_tokens));
         for (index, block) in interleaved.chunks(code_rows * block_tokens * cols).enumerate() {
             let sums = &mut sums[..block.len() / cols];
             multiply(panel, ahead.part(index, num_blocks), block, sums);
             for (token, sums) in (index * block_tokens..).zip(sums.chunks_exact(code_rows)) {
-                let (estimates, radii) = (estimates.row_mut(token), radii.row_mut(token));
-                let (estimates, radii) = (&mut estimates[rows.clone()], &mut radii[rows.clone()]);
                 let sums = match *sums {
                     [high, low] => [high, low],
                     _ => [x.outlier_sums(token, panel), sums[0]],
                 };
-                write_screen(&sums, bounds, x.row(token), estimates, radii);
+                out.write(token, panel_index, &sums, bounds, x.row(token));
             }
         }
     }
