@@ -7,7 +7,7 @@ use bitnet_core::{
     kernels::{
         FloatOp, Isa, Output, TernaryKernel, available, math,
         packing::{PackedLayout, PackedTernary, ROW_TILE},
-        screen::{ScreenBuffer, ScreenInputs, ScreenMatrix, Screened, Selection},
+        screen::{ScreenBuffer, ScreenInputs, ScreenMatrix, Screened, Selection, maxima_of},
     },
     quant::activation::ActivationBuffer,
     threads::{ColumnsMut, WorkerPool},
@@ -91,8 +91,8 @@ fn screen<const TOKENS: usize>(bencher: Bencher<'_, '_>, Choice(kernel, _): Choi
 #[divan::bench(args = [1, 50])]
 fn select_candidates(bencher: Bencher<'_, '_>, k: usize) {
     let estimates: Vec<f32> = (0..128_256).map(|row| pattern(row, 7) * 10.0 + pattern(row, 11)).collect();
-    let maxima: Vec<f32> =
-        estimates.chunks(ROW_TILE).map(|tile| tile.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
+    let mut maxima = Vec::new();
+    maxima_of(&estimates, &mut maxima, Isa::BASELINE);
     let radii = vec![0.5; maxima.len()];
     let mut selection = Selection::default();
     let screened = Screened { estimates: &estimates, maxima: &maxima, radii: &radii };

@@ -37,7 +37,7 @@ pub struct Report {
     pub ttft: [Sorted; 2],
 }
 
-/// Sends requests for `lasts` at [`LOAD`] of the peak that `plan` measures.
+/// Sends requests for `lasts` at `LOAD` of the peak that `plan` measures.
 ///
 /// # Panics
 /// When the server is gone.

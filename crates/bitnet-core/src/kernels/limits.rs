@@ -3,7 +3,7 @@
 //!
 //! How it is measured, so that it can be trusted:
 //! 1. By the very workers that run the model, pinned as they are then.
-//! 2. A sample reads all of [`READ_BYTES`] at once, some ten milliseconds without a pause, about as long as a step of a model: a
+//! 2. A sample reads all of `READ_BYTES` at once, some ten milliseconds without a pause, about as long as a step of a model: a
 //!    shorter one could be flattered by what caches and memory controllers still hold.
 //! 3. A virtual machine's speed changes with its neighbours and with the cores it is moved to (48 and 78 GB/s were seen by
 //!    turns on one machine, seconds each), so samples are taken before and after each thing that is measured: what it is

@@ -145,6 +145,26 @@ pub fn lane_tree(lanes: &[f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The largest of `N` values, a power of two, as the tree of [`lane_tree`]; NaN after a number is left out.
+#[inline(always)]
+pub fn largest<const N: usize>(values: &[f32; N]) -> f32 {
+    let mut max = *values;
+    let mut half = N / 2;
+    while half > 0 {
+        for lane in 0..half {
+            max[lane] = larger(max[lane], max[lane + half]);
+        }
+        half /= 2;
+    }
+    max[0]
+}
+
+/// `value` where it is larger than `max`, which NaN never is.
+#[inline(always)]
+pub fn larger(max: f32, value: f32) -> f32 {
+    if value > max { value } else { max }
+}
+
 const ROUND_MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
 const LN_SMALLEST: f32 = -87.336_54; // of the smallest normal number
 const LN2_HIGH: f32 = 0.693_145_75; // its low 9 bits are zero, so n * LN2_HIGH is exact

@@ -264,11 +264,11 @@ pub(crate) fn prefetch_line(address: *const u8) {
     let _ = address;
 }
 
-/// [`prefetch_line`] of all of `bytes`.
+/// [`prefetch_line`] of all of `values`.
 #[inline(always)]
-pub(crate) fn prefetch_all(bytes: &[u8]) {
-    for line in bytes.chunks(64) {
-        prefetch_line(line.as_ptr());
+pub(crate) fn prefetch_all<T>(values: &[T]) {
+    for line in values.chunks(64 / size_of::<T>()) {
+        prefetch_line(line.as_ptr().cast());
     }
 }
 
@@ -312,11 +312,4 @@ fn check_active(w: &ChannelColumns, lines: &Range<usize>, x: &QuantizedActivatio
         (1, w.channels(), lines.len() * LINE_WEIGHTS),
         "shapes of a product of some columns"
     );
-}
-
-/// The places of a panel's rows when it has all of them and no padding. What is not written there at once, but kept and then
-/// copied, is copied by a call.
-#[inline(always)]
-fn whole_panel(out: &mut [f32]) -> Result<&mut [f32; ROW_TILE], std::array::TryFromSliceError> {
-    out.try_into()
 }

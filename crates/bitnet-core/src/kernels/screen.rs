@@ -9,6 +9,7 @@ use super::{
     FloatOp, Isa,
     aligned::AlignedVec,
     arena::{Arena, Piece},
+    math::{larger, largest},
     packing::{ROW_TILE, TILE_BYTES, in_parallel, rows_of_tiles},
     prefetch::Prefetch,
 };
@@ -453,22 +454,8 @@ fn estimate([high, low]: &[[i32; ROW_TILE]; 2], rows: &PanelBounds, x: &SplitRow
     }
 }
 
-/// The largest of values none of which is NaN, at vector width.
-#[inline(always)]
-fn largest(values: &[f32; ROW_TILE]) -> f32 {
-    let mut max = *values;
-    let mut width = ROW_TILE / 2;
-    while width > 0 {
-        for lane in 0..width {
-            max[lane] = larger(max[lane], max[lane + width]);
-        }
-        width /= 2;
-    }
-    max[0]
-}
-
 /// The largest value of each tile of `estimates`, which the screen did not write itself.
-pub(crate) fn maxima_of(estimates: &[f32], maxima: &mut Vec<f32>, isa: Isa) {
+pub fn maxima_of(estimates: &[f32], maxima: &mut Vec<f32>, isa: Isa) {
     isa.run(Maxima { estimates, maxima });
 }
 
@@ -527,26 +514,19 @@ impl Selection {
     pub fn reaching(&mut self, screened: &Screened<'_>, least: f32) -> &[u32] {
         self.ids.clear();
         for ((estimates, max, radius), first) in screened.tiles().zip((0..).step_by(ROW_TILE)) {
-            if can_reach(max, radius, least) {
-                let ids = estimates.iter().zip(first..).filter(|(estimate, _)| can_reach(**estimate, radius, least));
-                self.ids.extend(ids.map(|(_, id)| id));
+            if !is_below(max + radius, least) {
+                let ids = estimates.iter().zip(first..);
+                self.ids.extend(ids.filter(|(estimate, _)| !is_below(**estimate + radius, least)).map(|(_, id)| id));
             }
         }
         &self.ids
     }
 }
 
-/// Negated, so that NaN can.
+/// Whether what is `upper` at most is less than `least` for certain: not where either is NaN.
 #[inline(always)]
-#[allow(clippy::neg_cmp_op_on_partial_ord)]
-fn can_reach(estimate: f32, radius: f32, least: f32) -> bool {
-    !(estimate + radius < least)
-}
-
-/// NaN never counts as large.
-#[inline(always)]
-fn larger(max: f32, value: f32) -> f32 {
-    if value > max { value } else { max }
+pub(crate) fn is_below(upper: f32, least: f32) -> bool {
+    upper < least
 }
 
 struct Quantize<'a> {

@@ -45,7 +45,7 @@ pub(super) struct Residual<'a> {
     pub(super) is_traced: bool,
 }
 
-/// `residual += w(x)`: the product is rounded first.
+/// `residual.x += w(x)`: each product is rounded before it is added. For a trace it is computed once more, alone.
 pub(super) fn project_and_add(
     phases: &mut Phases<'_>,
     x: QuantizedActivations<'_>,

@@ -2,7 +2,7 @@
 //! other files are its steps, each written for many rows and run by the workers of the pool.
 //!
 //! A row's values depend on its own token and its K/V alone: never on the batch, the number of threads, the chunk a prompt
-//! arrived in or the kernel. No unsafe code, no allocation worth speaking of a token, no policy.
+//! arrived in or the kernel. Safe code only, no allocation worth speaking of a token, no policy.
 
 mod attention;
 mod batch;

@@ -35,7 +35,13 @@ pub struct Scorer<'a> {
     decoded: &'a mut [f32],
 }
 
-impl Scorer<'_> {
+impl<'a> Scorer<'a> {
+    /// For row `row` of `hidden`, `[_, hidden_size]`.
+    fn new(model: &'a Model, row: usize, hidden: &'a [f32], decoded: &'a mut [f32], pool: &'a mut WorkerPool) -> Self {
+        let hidden_size = model.head().cols;
+        Self { model, hidden: &hidden[row * hidden_size..][..hidden_size], pool, decoded }
+    }
+
     /// `logits[i]` is that of the token `ids[i]`: the bits that [`Model::logits`] has there.
     ///
     /// # Panics
@@ -90,8 +96,8 @@ impl Model {
     /// When there is no such row.
     pub fn scorer<'a>(&'a self, row: usize, workspace: &'a mut Workspace) -> Scorer<'a> {
         assert!(workspace.fits(self) && row < workspace.num_logit_rows, "a row that asked for no logits");
-        let hidden = &workspace.buffers.normed[row * self.head().cols..][..self.head().cols];
-        Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: &mut workspace.buffers.head_rows }
+        let Buffers { normed, head_rows, .. } = &mut workspace.buffers;
+        Scorer::new(self, row, normed, head_rows, &mut workspace.pool)
     }
 
     /// What the last [`Model::screen`] says of row `row`, and its [`Model::scorer`].
@@ -100,11 +106,9 @@ impl Model {
     /// When it was not one of those screened.
     pub fn screened<'a>(&'a self, row: usize, workspace: &'a mut Workspace) -> (Screened<'a>, Scorer<'a>) {
         assert!(workspace.fits(self) && workspace.screened_rows.contains(&row), "a row that was not screened");
-        let hidden_size = self.head().cols;
         let Buffers { normed, screens, head_rows, .. } = &mut workspace.buffers;
         let screened = screens.screened(row - workspace.screened_rows.start);
-        let hidden = &normed[row * hidden_size..][..hidden_size];
-        (screened, Scorer { model: self, hidden, pool: &mut workspace.pool, decoded: head_rows })
+        (screened, Scorer::new(self, row, normed, head_rows, &mut workspace.pool))
     }
 }
 

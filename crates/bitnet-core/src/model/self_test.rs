@@ -91,11 +91,7 @@ impl Model {
         let (rows, panel) = (matrix.slice(end.next_multiple_of(ROW_TILE).saturating_sub(MAX_ROWS)..end), last..end);
         let (len, num_tokens) = (rows.rows(), x.num_tokens());
         let mut out = vec![f32::NAN; num_tokens * len];
-        if num_tokens == 1 {
-            self.kernel.gemv(&rows, &x, &mut out);
-        } else {
-            self.kernel.gemm(&rows, &x, &mut ColumnsMut::new(&mut out, len), Output::Replace);
-        }
+        self.kernel.multiply(&rows, &x, &mut ColumnsMut::new(&mut out, len), Output::Replace);
         let mut alone = [f32::NAN; MAX_ROWS];
         let is_like_alone = (0..num_tokens).zip(out.chunks_exact(len)).all(|(token, out)| {
             self.kernel.gemv(&rows, &x.token(token), &mut alone[..len]);

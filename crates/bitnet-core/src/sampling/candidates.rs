@@ -1,14 +1,14 @@
 //! Which ids can win the noisy choice when their logits are known but for an error.
 
-use super::noise::{Noise, gumbel, gumbel_bound};
+use super::noise::{MOST_NOISE, Noise, gumbel, gumbel_bound};
 use crate::kernels::{
     FloatOp,
     math::{LANES, exp, lane_tree},
     packing::ROW_TILE,
-    screen::Screened,
+    screen::{Screened, is_below},
 };
 
-/// An id and the most its logit, or its noisy score, can be.
+/// An id and the most its noisy score can be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reach {
     pub(super) id: u32,
@@ -66,17 +66,15 @@ impl FloatOp for NoisyCandidates<'_> {
     }
 }
 
-/// The ids, ascending, whose logit can be `least` or more, into `above`, and what is known of the others. `None` when those ids
-/// are so many that the whole row is as cheap.
-pub(super) struct Split<'a> {
+/// What the ids whose logit is less than `least` for certain add at least to a sum of exponentials.
+pub(super) struct SumBelow<'a> {
     pub(super) screened: &'a Screened<'a>,
     pub(super) least: f32,
     pub(super) temperature: f32,
-    pub(super) above: &'a mut Vec<u32>,
 }
 
-/// A lower bound of what the ids left out add to the sum of `exp(logit / temperature)`.
-#[derive(Clone, Copy, Debug, Default)]
+/// A lower bound of a sum of `exp(logit / temperature)`.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Rest {
     sum: f32,
     /// The true bound is `sum * exp(reference)`.
@@ -91,42 +89,22 @@ impl Rest {
     }
 }
 
-impl FloatOp for Split<'_> {
-    type Output = Option<Rest>;
+impl FloatOp for SumBelow<'_> {
+    type Output = Rest;
 
     #[inline(always)]
-    fn call(self) -> Option<Rest> {
-        let Self { screened, least, temperature, above } = self;
-        let most = screened.estimates.len() / WHOLE_ROW_SHARE;
+    fn call(self) -> Rest {
+        let Self { screened, least, temperature } = self;
         let reference = least / temperature;
         let mut lanes = [0.0; LANES];
-        for ((estimates, max, radius), first) in screened.tiles().zip((0_u32..).step_by(ROW_TILE)) {
+        for (estimates, _, radius) in screened.tiles() {
             for estimates in estimates.chunks(LANES) {
                 for (&estimate, lane) in estimates.iter().zip(&mut lanes) {
                     let share = exp((estimate - radius) / temperature - reference);
                     *lane += if is_below(estimate + radius, least) { share } else { 0.0 };
                 }
             }
-            if !is_below(max + radius, least) {
-                let ids = estimates.iter().zip(first..);
-                above.extend(ids.filter(|(estimate, _)| !is_below(**estimate + radius, least)).map(|(_, id)| id));
-                if above.len() > most {
-                    return None;
-                }
-            }
         }
-        Some(Rest { sum: lane_tree(&lanes), reference })
+        Rest { sum: lane_tree(&lanes), reference }
     }
 }
-
-/// Ids of which the exact logits cost what this part of a whole row costs are no few.
-const WHOLE_ROW_SHARE: usize = 16;
-
-/// False for NaN.
-#[inline(always)]
-pub(super) fn is_below(upper: f32, best: f32) -> bool {
-    upper < best
-}
-
-/// No less than any noise.
-const MOST_NOISE: f32 = 23.0;

@@ -77,8 +77,8 @@ impl SamplingParams {
         self.temperature < MIN_TEMPERATURE || self.top_p == 0.0 || self.top_k == 1
     }
 
-    /// Whether something is done to single logits first. If not, [`Sampler::candidates`](super::Sampler::candidates) can tell
-    /// which ones matter.
+    /// Whether something is done to single logits first. If not, a few can decide:
+    /// [`Sampler::sample_screened`](super::Sampler::sample_screened).
     pub fn needs_whole_row(&self) -> bool {
         !self.logit_bias.is_empty()
             || self.repetition_penalty != 1.0

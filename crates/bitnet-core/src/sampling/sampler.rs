@@ -6,7 +6,7 @@
 
 use super::{
     NotFinite, SampleKey, SamplingParams, TokenLogprobs,
-    candidates::{NoisyCandidates, Reach, Rest, Split, is_below},
+    candidates::{NoisyCandidates, Reach, Rest, SumBelow},
     mask::TokenMask,
     noise::{Noise, gumbel},
     processors::LogitsProcessors,
@@ -17,7 +17,7 @@ use crate::{
     kernels::{
         Isa,
         math::{exp, ln},
-        screen::{Screened, Selection, maxima_of},
+        screen::{Screened, Selection, is_below, maxima_of},
     },
 };
 
@@ -133,8 +133,8 @@ impl Sampler {
         // An infinite radius lets what is excluded reach anywhere.
         let may_come = |id: u32| allowed.is_none_or(|allowed| allowed.contains(TokenId(id)));
         let drawn = if params.is_greedy() || params.top_k > 0 {
-            let scored = self.score_best(&screened, may_come, params, score);
-            scored.and_then(|()| self.sample_scored(params, key)).map(Some)
+            self.score_best(&screened, may_come, params, score);
+            self.sample_scored(params, key).map(Some)
         } else {
             self.sample_noisy(&screened, may_come, params, key, score)
         };
@@ -142,14 +142,15 @@ impl Sampler {
         drawn
     }
 
-    /// Scores those that can be among the largest: of top_k, or the only one.
+    /// Scores those that can be among the largest: of top_k, or the only one. The most promising are scored again with the
+    /// others, which keeps all in the order of their ids.
     fn score_best(
         &mut self,
         screened: &Screened<'_>,
         may_come: impl Fn(u32) -> bool,
         params: &SamplingParams,
         score: &mut Score<'_>,
-    ) -> Result<(), NotFinite> {
+    ) {
         let count = if params.is_greedy() { 1 } else { params.top_k as usize };
         self.ids.clear();
         self.ids.extend(self.selection.promising(screened, count).iter().filter(|id| may_come(**id)));
@@ -159,21 +160,18 @@ impl Sampler {
         self.ids.clear();
         self.ids.extend(self.selection.reaching(screened, least).iter().filter(|id| may_come(**id)));
         self.score_ids(score);
-        self.isa.run(FiniteMax(&self.logits)).map(|_| ())
     }
 
-    /// Scores those of `reaches` whose noisy score can be the largest: that of the most promising rules most others out.
-    fn score_noisy(&mut self, temperature: f32, noise: Noise, score: &mut Score<'_>) -> Result<(), NotFinite> {
-        let promising = self.reaches.iter().max_by(|a, b| a.upper.total_cmp(&b.upper));
+    /// As [`Self::score_best`], those of `reaches` whose noisy score can be the largest.
+    fn score_noisy(&mut self, temperature: f32, noise: Noise, score: &mut Score<'_>) {
         self.ids.clear();
-        self.ids.extend(promising.map(|reach| reach.id));
+        if let Some(promising) = self.reaches.iter().max_by(|a, b| a.upper.total_cmp(&b.upper)) {
+            let mut logit = [0.0];
+            score(&[promising.id], &mut logit);
+            let least = logit[0] / temperature + gumbel(noise.bits(promising.id));
+            self.ids.extend(self.reaches.iter().filter(|reach| !is_below(reach.upper, least)).map(|reach| reach.id));
+        }
         self.score_ids(score);
-        let scored = self.ids.iter().zip(&self.logits);
-        let least = scored.fold(f32::INFINITY, |_, (&id, logit)| logit / temperature + gumbel(noise.bits(id)));
-        self.ids.clear();
-        self.ids.extend(self.reaches.iter().filter(|reach| !is_below(reach.upper, least)).map(|reach| reach.id));
-        self.score_ids(score);
-        self.isa.run(FiniteMax(&self.logits)).map(|_| ())
     }
 
     fn score_ids(&mut self, score: &mut Score<'_>) {
@@ -193,7 +191,7 @@ impl Sampler {
         let (isa, temperature, noise) = (self.isa, params.temperature, Noise::new(params.seed, key));
         isa.run(NoisyCandidates { screened, temperature, noise, found: &mut self.reaches });
         self.reaches.retain(|reach| may_come(reach.id));
-        self.score_noisy(temperature, noise, score)?;
+        self.score_noisy(temperature, noise, score);
         let drawn = self.sample_scored(params, key)?;
         if params.top_p >= 1.0 && params.min_p <= 0.0 {
             return Ok(Some(drawn));
@@ -201,12 +199,14 @@ impl Sampler {
         // Whatever may rank before it.
         let place = self.ids.binary_search(&drawn.0).expect("one of those scored");
         let least = self.logits[place];
-        self.ids.clear();
-        let Some(rest) = isa.run(Split { screened, least, temperature, above: &mut self.ids }) else {
+        let reaching = self.selection.reaching(screened, least);
+        if reaching.len() > screened.estimates.len() / WHOLE_ROW_SHARE {
             return Ok(None);
-        };
-        self.ids.retain(|&id| may_come(id));
+        }
+        self.ids.clear();
+        self.ids.extend(reaching.iter().filter(|id| may_come(**id)));
         self.score_ids(score);
+        let rest = isa.run(SumBelow { screened, least, temperature });
         Ok(self.is_surely_kept(drawn, rest, params)?.then_some(drawn))
     }
 
@@ -234,18 +234,19 @@ impl Sampler {
 
     /// `row = logits / temperature`, and its largest value.
     fn scale_scored(&mut self, params: &SamplingParams) -> Result<f32, NotFinite> {
+        let max = self.isa.run(FiniteMax(&self.logits))?;
         self.row.clear();
         self.row.extend_from_slice(&self.logits);
-        if !params.is_greedy() {
-            self.isa.run(Scale { row: &mut self.row, temperature: params.temperature });
+        if params.is_greedy() {
+            return Ok(max);
         }
+        self.isa.run(Scale { row: &mut self.row, temperature: params.temperature });
         self.isa.run(FiniteMax(&self.row))
     }
 
     /// Whether neither min_p nor top_p cuts `drawn`, one of `ids`, whatever the logits of those that are not: they rank after
     /// it, and add at least `rest` to the sum, or nothing where min_p may have cut them all.
     fn is_surely_kept(&mut self, drawn: TokenId, rest: Rest, params: &SamplingParams) -> Result<bool, NotFinite> {
-        self.isa.run(FiniteMax(&self.logits))?;
         let max = self.scale_scored(params)?;
         let place = self.ids.binary_search(&drawn.0).expect("what reaches its own logit");
         let drawn = Candidate { score: self.row[place], id: drawn.0 };
@@ -330,3 +331,6 @@ impl Sampler {
 }
 
 const FIRST_CANDIDATES: usize = 64;
+
+/// Ids of which the exact logits cost what this part of a whole row costs are no few.
+const WHOLE_ROW_SHARE: usize = 16;

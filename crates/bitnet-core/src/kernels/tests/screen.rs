@@ -74,6 +74,7 @@ impl Case {
         }
         for (token, x) in self.x.chunks_exact(self.cols).enumerate() {
             let Screened { estimates, maxima, radii } = expected.screened(token);
+            assert!(estimates.iter().all(|estimate| !estimate.is_nan()), "{label}");
             let max_of = |tile: &[f32]| tile.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert!(estimates.chunks(ROW_TILE).map(max_of).eq(maxima.iter().copied()), "{label}");
             for (row, weights) in self.weights.chunks_exact(self.cols).enumerate() {

@@ -24,9 +24,8 @@ use super::{
     aligned::AlignedVec,
     epilogue,
     packing::{PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
-    prefetch_line,
+    prefetch_all,
     screen::{ScreenRows, ScreensMut, SplitActivations},
-    whole_panel,
 };
 use crate::{
     quant::activation::{QuantizedActivations, Version},
@@ -147,9 +146,10 @@ fn gemm_by_blocks(
             let sums = &mut sums[..block.len() / cols];
             let ahead = ahead.part(index, num_blocks);
             if output == Output::Add {
-                (index * block_tokens..)
-                    .zip(&*sums)
-                    .for_each(|(token, _)| prefetch_row(&out.row_mut(token)[rows.clone()]));
+                // They are a row of a large matrix apart.
+                for token in index * block_tokens..index * block_tokens + sums.len() {
+                    prefetch_all(&out.row_mut(token)[rows.clone()]);
+                }
             }
             match unpack {
                 Some(unpack) if index == 0 => {
@@ -293,14 +293,6 @@ fn transpose([a, b, c, d]: [&[[i8; 4]; 4]; 4]) -> [[[i8; 4]; 4]; 4] {
     }
 }
 
-/// Asks for the outputs of a panel's rows, which are a row of a large matrix away from those of the next token.
-#[inline(always)]
-fn prefetch_row(out: &[f32]) {
-    for line in out.chunks(16) {
-        prefetch_line(line.as_ptr().cast());
-    }
-}
-
 /// The outputs of a panel's rows, of which the last may be padding.
 #[inline(always)]
 fn write_outputs(
@@ -311,10 +303,11 @@ fn write_outputs(
     (out, output): (&mut [f32], Output),
 ) {
     let (sum_of_codes, s) = (x.sums()[token], x.scales()[token]);
-    match (whole_panel(out), output) {
-        (Ok(out), Output::Replace) => scale_sums::<false>(sums, sum_of_codes, s, scale, out),
-        (Ok(out), Output::Add) => scale_sums::<true>(sums, sum_of_codes, s, scale, out),
-        (Err(_), _) => {
+    // What is not written there at once, but kept and then copied, is copied by a call.
+    match (out.as_mut_array(), output) {
+        (Some(out), Output::Replace) => scale_sums::<false>(sums, sum_of_codes, s, scale, out),
+        (Some(out), Output::Add) => scale_sums::<true>(sums, sum_of_codes, s, scale, out),
+        (None, _) => {
             let mut values = [0.0; ROW_TILE];
             scale_sums::<false>(sums, sum_of_codes, s, scale, &mut values);
             for (out, value) in out.iter_mut().zip(values) {

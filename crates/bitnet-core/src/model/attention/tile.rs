@@ -260,26 +260,14 @@ fn max_16(steps: &[[f32; LANES]]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for step in steps {
         for lane in 0..LANES {
-            lanes[lane] = larger(lanes[lane], step[lane]);
+            lanes[lane] = math::larger(lanes[lane], step[lane]);
         }
     }
-    largest_lane(lanes)
+    largest_lane(&lanes)
 }
 
 /// Not inlined, as [`lane_tree`].
 #[inline(never)]
-fn largest_lane(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] = larger(lanes[lane], lanes[lane + half]);
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-#[inline(always)]
-fn larger(max: f32, value: f32) -> f32 {
-    if value > max { value } else { max }
+fn largest_lane(lanes: &[f32; LANES]) -> f32 {
+    math::largest(lanes)
 }
