@@ -118,9 +118,12 @@ impl Case {
 
 const SCALE: f32 = 0.812_5;
 
-/// Every kernel with every layout it can read.
+/// Every kernel, also as it is on CPUs that have less, with every layout it can read.
 fn combinations() -> impl Iterator<Item = (&'static dyn TernaryKernel, PackedLayout)> {
-    available().iter().flat_map(|kernel| kernel.layouts().iter().map(|layout| (*kernel, *layout)))
+    let kernels = available().iter().copied();
+    #[cfg(target_arch = "x86_64")]
+    let kernels = kernels.chain(x86_64::without_gfni());
+    kernels.flat_map(|kernel| kernel.layouts().iter().map(move |layout| (kernel, *layout)))
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -9,8 +9,8 @@ use std::{
     arch::asm,
     arch::x86_64::{
         __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_dpbusd_epi32,
-        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_srai_epi32,
-        _mm512_srli_epi16, _mm512_storeu_si512,
+        _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_setzero_si512,
+        _mm512_srai_epi32, _mm512_srli_epi16, _mm512_storeu_si512,
     },
     ops::Range,
 };
@@ -40,22 +40,41 @@ const BYTES_FROM: usize = 16;
 /// Pairs of steps that pass between asking for activations and multiplying them: some 200 cycles.
 const PAIRS_AHEAD: usize = 8;
 
-/// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`detect`] makes one.
+/// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI: only [`Avx512Vnni::detect`] makes one.
 #[derive(Debug)]
 struct Avx512Vnni {
     isa: Isa,
     /// Holds the layout of 1.6 bits only where the CPU has VBMI too.
     layouts: &'static [PackedLayout],
+    gfni: Option<Gfni>,
 }
+
+/// Proof that this CPU has GFNI too: only [`Avx512Vnni::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+struct Gfni(());
 
 /// The kernel, on a CPU that has its instructions.
 pub(super) fn detect() -> Option<&'static dyn TernaryKernel> {
-    static KERNEL: std::sync::OnceLock<Avx512Vnni> = std::sync::OnceLock::new();
-    let isa = Isa::avx512()?;
-    let layouts: &[PackedLayout] =
-        if is_x86_feature_detected!("avx512vbmi") { &PackedLayout::ALL } else { &[PackedLayout::T32x2Bit] };
-    is_x86_feature_detected!("avx512vnni")
-        .then(|| KERNEL.get_or_init(|| Avx512Vnni { isa, layouts }) as &dyn TernaryKernel)
+    static KERNEL: std::sync::OnceLock<Option<Avx512Vnni>> = std::sync::OnceLock::new();
+    KERNEL.get_or_init(Avx512Vnni::detect).as_ref().map(|kernel| kernel as &dyn TernaryKernel)
+}
+
+/// The kernel as it is on a CPU without GFNI.
+#[cfg(test)]
+pub(in crate::kernels) fn without_gfni() -> Option<&'static dyn TernaryKernel> {
+    static KERNEL: std::sync::OnceLock<Option<Avx512Vnni>> = std::sync::OnceLock::new();
+    let kernel = KERNEL.get_or_init(|| Some(Avx512Vnni { gfni: None, ..Avx512Vnni::detect()? }));
+    kernel.as_ref().map(|kernel| kernel as &dyn TernaryKernel)
+}
+
+impl Avx512Vnni {
+    fn detect() -> Option<Self> {
+        let isa = Isa::avx512()?;
+        let layouts: &[PackedLayout] =
+            if is_x86_feature_detected!("avx512vbmi") { &PackedLayout::ALL } else { &[PackedLayout::T32x2Bit] };
+        let gfni = is_x86_feature_detected!("gfni").then_some(Gfni(()));
+        is_x86_feature_detected!("avx512vnni").then_some(Self { isa, layouts, gfni })
+    }
 }
 
 impl TernaryKernel for Avx512Vnni {
@@ -125,8 +144,12 @@ impl TernaryKernel for Avx512Vnni {
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         check_gemm(self, w, x, out);
         match w.layout() {
-            // SAFETY: as in `gemv`.
-            PackedLayout::T32x2Bit => unsafe { gemm(w, x, out, output) },
+            PackedLayout::T32x2Bit => match self.gfni {
+                // SAFETY: as in `gemv`.
+                Some(gfni) => unsafe { gemm(gfni, w, x, out, output) },
+                // SAFETY: as in `gemv`.
+                None => unsafe { gemm(ShiftAndMask, w, x, out, output) },
+            },
             // SAFETY: as in `gemv`.
             PackedLayout::T32x5Trit => unsafe { avx512_vbmi::gemm(w, x, out, output) },
         }
@@ -136,19 +159,29 @@ impl TernaryKernel for Avx512Vnni {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     // One token's interleaved codes are its codes.
-    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1>(panel, ahead, codes, sums));
+    gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, _>(ShiftAndMask, panel, ahead, codes, sums));
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
+fn gemm(
+    decode: impl Decode,
+    w: &PackedRows<'_>,
+    x: &QuantizedActivations<'_>,
+    out: &mut ColumnsMut<'_>,
+    output: Output,
+) {
     if x.num_tokens() <= BLOCK {
         gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N>(panel, ahead, block, sums));
+            by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N, _>(decode, panel, ahead, block, sums));
         });
     } else {
         // The first of two or more blocks of equal size has at least half of 13 tokens.
         let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
-            by_tokens!(sums.len(), [7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
+            by_tokens!(
+                sums.len(),
+                [7 8 9 10 11 12],
+                panel_gemm_and_unpack::<N, _>(decode, panel, unpacked, ahead, block, sums)
+            );
         };
         gemm_by_blocks(w, x, (out, output), BLOCK, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
@@ -172,7 +205,7 @@ fn screen(w: &ScreenRows<'_>, x: &SplitActivations<'_>, out: &mut ScreensMut<'_>
 ///    and 64, and only the sums are shifted; and one set of them would wait for itself.
 /// 3. Where it pays ([`Prefetch`](crate::kernels::prefetch::Prefetch)) the next panel is asked for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
+fn panel_gemm<const N: usize, D: Decode>(decode: D, panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let ahead = ahead.in_runs(num_tiles);
     let mut sums = [[[_mm512_setzero_si512(); 2]; N]; 4];
@@ -182,10 +215,10 @@ fn panel_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mu
         // SAFETY: 16 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let block = block.as_ptr().add(16 * N * tile);
-            multiply_plane::<N, 0>(halves, block, &mut sums);
-            multiply_plane::<N, 1>(halves, block, &mut sums);
-            multiply_plane::<N, 2>(halves, block, &mut sums);
-            multiply_plane::<N, 3>(halves, block, &mut sums);
+            multiply_plane::<N, 0, D>(decode, halves, block, &mut sums);
+            multiply_plane::<N, 1, D>(decode, halves, block, &mut sums);
+            multiply_plane::<N, 2, D>(decode, halves, block, &mut sums);
+            multiply_plane::<N, 3, D>(decode, halves, block, &mut sums);
         }
     }
     shift_down::<2>(&mut sums[1]);
@@ -209,18 +242,22 @@ fn shift_down<const BITS: u32>(sums: &mut [[__m512i; 2]]) {
 /// As [`multiply_step`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-unsafe fn multiply_plane<const N: usize, const P: usize>(
+unsafe fn multiply_plane<const N: usize, const P: usize, D: Decode>(
+    decode: D,
     halves: [__m512i; 2],
     block: *const i8,
     sums: &mut [[[__m512i; 2]; N]; 4],
 ) {
     let set = P % num_sets(N);
-    let mask = _mm512_set1_epi8((3_u8 << (2 * set)).cast_signed());
-    let codes = match P - set {
-        0 => plane::<0>(halves, mask),
-        1 => plane::<2>(halves, mask),
-        2 => plane::<4>(halves, mask),
-        _ => plane::<6>(halves, mask),
+    let codes = match (set, P - set) {
+        (0, 0) => decode.plane::<0, 0>(halves),
+        (0, 1) => decode.plane::<2, 0>(halves),
+        (0, 2) => decode.plane::<4, 0>(halves),
+        (0, _) => decode.plane::<6, 0>(halves),
+        (1, 0) => decode.plane::<0, 2>(halves),
+        (1, _) => decode.plane::<4, 2>(halves),
+        (2, _) => decode.plane::<0, 4>(halves),
+        _ => decode.plane::<0, 6>(halves),
     };
     // SAFETY: the caller's promise.
     unsafe { multiply_step::<N, P, false>(codes, block, &mut sums[set]) };
@@ -228,7 +265,8 @@ unsafe fn multiply_plane<const N: usize, const P: usize>(
 
 /// [`panel_gemm`] of a block that is followed by others, for which it leaves the codes as bytes: `[columns / 4, 32 rows, 4]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_gemm_and_unpack<const N: usize>(
+fn panel_gemm_and_unpack<const N: usize, D: Decode>(
+    decode: D,
     panel: &[u8],
     unpacked: &mut [u8],
     ahead: Ahead,
@@ -237,7 +275,6 @@ fn panel_gemm_and_unpack<const N: usize>(
 ) {
     let num_tiles = num_tiles(panel, block, 4, N);
     let ahead = ahead.in_order(num_tiles);
-    let mask = _mm512_set1_epi8(3);
     let tiles = unpacked.as_chunks_mut::<{ 4 * TILE_BYTES }>().0;
     assert_eq!(tiles.len(), num_tiles, "tiles of an unpacked panel");
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
@@ -249,10 +286,10 @@ fn panel_gemm_and_unpack<const N: usize>(
         // SAFETY: the tile's 128 bytes lie inside the panel, and there are 16 codes a tile and token, checked by `num_tiles`.
         unsafe {
             let (halves, block) = (load(panel, tile), block.as_ptr().add(16 * N * tile));
-            multiply_and_store::<N, 0>(plane::<0>(halves, mask), block, &mut sums, first);
-            multiply_and_store::<N, 1>(plane::<2>(halves, mask), block, &mut sums, second);
-            multiply_and_store::<N, 2>(plane::<4>(halves, mask), block, &mut sums, third);
-            multiply_and_store::<N, 3>(plane::<6>(halves, mask), block, &mut sums, fourth);
+            multiply_and_store::<N, 0>(decode.plane::<0, 0>(halves), block, &mut sums, first);
+            multiply_and_store::<N, 1>(decode.plane::<2, 0>(halves), block, &mut sums, second);
+            multiply_and_store::<N, 2>(decode.plane::<4, 0>(halves), block, &mut sums, third);
+            multiply_and_store::<N, 3>(decode.plane::<6, 0>(halves), block, &mut sums, fourth);
         }
     }
     write_sums(&[sums], out);
@@ -275,15 +312,65 @@ unsafe fn multiply_and_store<const N: usize, const P: usize>(
     unsafe { multiply_step::<N, P, false>(codes, block, sums) };
 }
 
-/// The codes at the bits of `mask`, after a shift by `SHIFT`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn plane<const SHIFT: u32>(halves: [__m512i; 2], mask: __m512i) -> [__m512i; 2] {
-    let [first, second] = halves;
-    [
-        _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(first), mask),
-        _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(second), mask),
-    ]
+/// The way from bytes to a plane of codes. Its methods are always inlined, which the compiler grants only to functions without
+/// target features.
+trait Decode: Copy {
+    /// The codes of two bits each that lie `SHIFT` bits above the bits of index `TO`, moved to those, and nothing else.
+    fn plane<const SHIFT: u32, const TO: u32>(self, halves: [__m512i; 2]) -> [__m512i; 2];
+}
+
+/// Two instructions, one where there is nothing to shift.
+#[derive(Clone, Copy)]
+struct ShiftAndMask;
+
+impl Decode for ShiftAndMask {
+    #[inline(always)]
+    fn plane<const SHIFT: u32, const TO: u32>(self, [first, second]: [__m512i; 2]) -> [__m512i; 2] {
+        // SAFETY: used by the functions of this file only, on CPUs with AVX-512.
+        unsafe {
+            let mask = _mm512_set1_epi8((3_u8 << TO).cast_signed());
+            [
+                _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(first), mask),
+                _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(second), mask),
+            ]
+        }
+    }
+}
+
+/// One: bits of a byte times a matrix of bits. It takes the place of a multiplication, as each of the two does.
+impl Decode for Gfni {
+    #[inline(always)]
+    fn plane<const SHIFT: u32, const TO: u32>(self, halves: [__m512i; 2]) -> [__m512i; 2] {
+        if SHIFT == 0 {
+            return ShiftAndMask.plane::<SHIFT, TO>(halves);
+        }
+        // The row of bit `i` of the result is byte `7 - i`.
+        let row = |bit: u32| 1_u64 << (bit + SHIFT) << (8 * (7 - bit));
+        let [first, second] = halves;
+        // SAFETY: AVX-512 as above.
+        unsafe {
+            let matrix = _mm512_set1_epi64((row(TO) | row(TO + 1)).cast_signed());
+            [self.multiply_bits(first, matrix), self.multiply_bits(second, matrix)]
+        }
+    }
+}
+
+impl Gfni {
+    /// Each byte times a matrix of bits. As an instruction: the intrinsic asks for GFNI in all functions around it.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn multiply_bits(self, bytes: __m512i, matrix: __m512i) -> __m512i {
+        let product;
+        // SAFETY: `self` is the proof.
+        unsafe {
+            asm!(
+                "vgf2p8affineqb {product}, {bytes}, {matrix}, 0",
+                product = lateout(zmm_reg) product, bytes = in(zmm_reg) bytes, matrix = in(zmm_reg) matrix,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        product
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]

@@ -37,6 +37,9 @@ pub(super) fn detect() -> impl Iterator<Item = &'static dyn TernaryKernel> {
     [avx2::detect(), avx_vnni::detect(), avx512_vnni::detect()].into_iter().flatten()
 }
 
+#[cfg(test)]
+pub(super) use avx512_vnni::without_gfni;
+
 /// Sums of products of a panel's rows.
 type PanelSums = [i32; ROW_TILE];
 
@@ -48,7 +51,7 @@ macro_rules! by_tokens {
             n => unreachable!("a block of {n} tokens"),
         }
     };
-    ($n:expr, [$($count:literal)*], $function:ident::<N, $flag:literal> $arguments:tt) => {
+    ($n:expr, [$($count:literal)*], $function:ident::<N, $flag:tt> $arguments:tt) => {
         match $n {
             $($count => $function::<$count, $flag> $arguments,)*
             n => unreachable!("a block of {n} tokens"),
