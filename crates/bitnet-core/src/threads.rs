@@ -18,7 +18,7 @@ mod tests;
 use std::{
     any::Any,
     cell::UnsafeCell,
-    fmt,
+    fmt, iter,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
@@ -44,6 +44,9 @@ pub struct WorkerPool {
     /// Where the caller belongs, when workers are pinned.
     first_cpu: Option<usize>,
 }
+
+/// What a worker does with the chunks it can take.
+pub type ChunksTask<'a> = dyn Fn(&Worker, &mut dyn Iterator<Item = Range<usize>>) + Sync + 'a;
 
 /// One worker's view of a phase.
 #[derive(Debug)]
@@ -113,13 +116,21 @@ impl WorkerPool {
     /// # Panics
     /// As [`Self::run`].
     pub fn run_chunks(&mut self, len: usize, min: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+        self.run_with_chunks(len, min, &|_, chunks| chunks.for_each(task));
+    }
+
+    /// [`Self::run_chunks`] for workers that need something of their own: `task` is called once on each, and takes chunks until
+    /// there are none left.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn run_with_chunks(&mut self, len: usize, min: usize, task: &ChunksTask<'_>) {
         let inner = Arc::clone(&self.inner);
         let num_threads = self.num_threads();
         inner.chunks.share_out(len, num_threads);
         self.run(&|worker| {
-            while let Some(chunk) = inner.chunks.take(worker.index(), num_threads, min) {
-                task(chunk);
-            }
+            let take = || inner.chunks.take(worker.index(), num_threads, min);
+            task(worker, &mut iter::from_fn(take));
         });
     }
 

@@ -16,8 +16,8 @@
 //! K/V head, so that a block is decoded once for all of them (halves of few queries are widened as they are multiplied); scores
 //! are computed for the positions of some blocks side by side. Invisible positions may be scored, but their scores and values
 //! are never used: a reused block may hold NaN.
-//! Workers share the partitions evenly (`place.rs`); of a unit cut between workers the sums of each partition are kept, and
-//! combined in a second phase, ascending as ever.
+//! Workers take pieces of units, or where there are few share the partitions evenly (`place.rs`); of a unit cut between partitions
+//! the sums of each are kept, and combined in a second phase, ascending as ever.
 
 mod place;
 #[cfg(test)]
@@ -25,7 +25,7 @@ mod tests;
 mod tile;
 mod unit;
 
-use place::{num_partitions, place};
+use place::{num_partitions, num_pieces, place, units_of};
 use unit::Unit;
 
 use super::{
@@ -73,11 +73,21 @@ pub(super) fn attend(
     let group_width = q.len() / phases.num_rows / num_kv_heads;
     let (group, num_threads) = (group_width / head_dim, phases.pool.num_threads());
     let max_queries = QuerySpan::MAX_ROWS * group;
-    let unit_of = |span, head| Unit { isa, kv, layer, head, head_dim, group, blocks: batch.blocks(span), span, q };
-    let placed = || place(batch.spans(), num_kv_heads, num_threads);
+    let unit_of = |span, head| Unit { isa, kv, layer, head, head_dim, group, blocks: batch.blocks(&span), span, q };
     // out: [num_rows * num_kv_heads, group_width]
     let out = SharedRows::new(out, group_width);
     let scratch_len = scratch.len() / num_threads;
+    if let Some(num_pieces) = num_pieces(batch.spans(), num_kv_heads, num_threads) {
+        let scratch = SharedRows::new(scratch, scratch_len);
+        phases.pool.run_with_chunks(num_pieces, 1, &|worker, chunks| {
+            let scratch = scratch.claim(worker.index()..worker.index() + 1);
+            for (span, head) in chunks.flat_map(|chunk| units_of(batch.spans(), num_kv_heads, chunk)) {
+                unit_of(span, head).attend(&out, scratch);
+            }
+        });
+        return;
+    }
+    let placed = || place(batch.spans(), num_kv_heads, num_threads);
     let partial_len = partial_len(max_queries, head_dim);
     let per_slot = partials.len() / partial_len / (num_threads - 1).max(1);
     {
@@ -86,7 +96,7 @@ pub(super) fn attend(
         phases.pool.run(&|worker| {
             let scratch = scratch.claim(worker.index()..worker.index() + 1);
             for placed in placed() {
-                let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
+                let (unit, scratch) = (unit_of(placed.span.clone(), placed.head), &mut *scratch);
                 match placed.slot {
                     None if placed.first == worker.index() => unit.attend(&out, scratch),
                     None => {}
@@ -110,7 +120,7 @@ pub(super) fn attend(
         let scratch = scratch.claim(worker.index()..worker.index() + 1);
         let cut = placed().filter_map(|placed| placed.slot.map(|slot| (placed, slot)));
         for (placed, slot) in cut.filter(|(_, slot)| slot % num_threads == worker.index()) {
-            let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
+            let (unit, scratch) = (unit_of(placed.span.clone(), placed.head), &mut *scratch);
             let kept = &partials[slot * per_slot * partial_len..][..num_partitions(placed.span) * partial_len];
             unit.combine_kept(kept, partial_len, &out, scratch);
         }

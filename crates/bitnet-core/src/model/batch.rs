@@ -229,6 +229,12 @@ impl QuerySpan {
     pub(super) fn same_sequence(&self, other: &Self) -> bool {
         self.blocks == other.blocks
     }
+
+    /// Some of its rows, counted from its first.
+    pub(super) fn part(&self, rows: Range<usize>) -> Self {
+        let Range { start, end } = rows;
+        Self { rows: self.rows.start + start..self.rows.start + end, start: self.start + start, ..self.clone() }
+    }
 }
 
 /// What a batch is checked against.

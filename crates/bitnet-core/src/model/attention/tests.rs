@@ -60,17 +60,19 @@ fn every_kernel_follows_the_specification_to_the_bit() {
     let config = config();
     let (q_width, kv_width) = (6 * 20, 2 * 20);
     let table: Vec<_> = (0..NUM_BLOCKS).rev().map(|block| BlockId(block as u32)).collect();
-    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
+    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 400, max_context: 600 };
     let dtypes = [KvDtype::F32, KvDtype::F16];
     for (kernel, dtype) in kernels::available().iter().flat_map(|kernel| dtypes.map(|dtype| (kernel, dtype))) {
         let mut kv = KvCache::with_geometry(Geometry::new(&config, dtype), NUM_BLOCKS).expect("small");
-        // Three workers cut units of one partition and of two.
+        // Three workers cut units of one partition and of two, and take pieces of the last ones.
         let mut pool = WorkerPool::new(3);
-        for (start, end) in [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)] {
+        let few = [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)];
+        for (start, end) in few.into_iter().chain([(271, 600)]) {
             let tokens = vec![TokenId(1); end - start];
             let sequence =
                 BatchSequence { tokens: &tokens, start, stored: 0, block_table: &table, logits: LogitRows::None };
             let batch = Batch::checked(&limits, &[sequence]).expect("valid");
+            assert_eq!(num_pieces(batch.spans(), 2, 3).is_some(), end == 600);
             let phases = &mut Phases { pool: &mut pool, kernel: *kernel, num_rows: end - start };
             let (k, v) = (rows(1, start..end, kv_width), rows(2, start..end, kv_width));
             store(phases, &mut kv, 1, batch.rows(), &k, &v);
@@ -117,4 +119,35 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
             assert_eq!(placed.slot, if placed.first == placed.last { None } else { slots.next() });
         }
     }
+    // Rows 0..48, 48..60, 60, and 61..63, each of three heads.
+    let num_pieces = 3 * (3 + 1 + 1 + 1);
+    for chunk_len in [1, 2, 5, num_pieces] {
+        let chunks = (0..num_pieces).step_by(chunk_len).map(|first| first..num_pieces.min(first + chunk_len));
+        let units: Vec<_> = chunks.flat_map(|chunk| units_of(batch.spans(), 3, chunk)).collect();
+        assert!(units.iter().all(|(span, _)| batch.rows()[span.rows.start].position == span.start), "{units:?}");
+        let mut rows: Vec<_> =
+            units.iter().flat_map(|(span, head)| span.rows.clone().map(|row| (*head, row))).collect();
+        rows.sort_unstable();
+        assert_eq!(rows, (0..3).flat_map(|head| (0..63).map(move |row| (head, row))).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn workers_take_pieces_where_none_is_large() {
+    let table: Vec<_> = (0..NUM_BLOCKS as u32).map(BlockId).collect();
+    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 400, max_context: 640 };
+    let tokens = [TokenId(0); 320];
+    let sequence = |len: usize, start| BatchSequence {
+        tokens: &tokens[..len],
+        start,
+        stored: 0,
+        block_table: &table,
+        logits: LogitRows::None,
+    };
+    let num_pieces = |len, start, num_threads| {
+        let batch = Batch::checked(&limits, &[sequence(len, start)]).expect("valid");
+        num_pieces(batch.spans(), 4, num_threads)
+    };
+    assert_eq!([1, 2, 4].map(|num_threads| num_pieces(320, 0, num_threads)), [None, Some(80), Some(80)]);
+    assert_eq!([num_pieces(320, 0, 8), num_pieces(1, 500, 2), num_pieces(33, 100, 2)], [None; 3]);
 }

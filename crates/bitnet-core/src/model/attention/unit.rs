@@ -49,7 +49,7 @@ pub(super) struct Unit<'a> {
     /// Query heads per K/V head.
     pub(super) group: usize,
     pub(super) blocks: &'a [BlockId],
-    pub(super) span: &'a QuerySpan,
+    pub(super) span: QuerySpan,
     /// `[num_rows, num_heads, head_dim]` of the whole step.
     pub(super) q: &'a [f32],
 }
