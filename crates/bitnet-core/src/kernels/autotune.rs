@@ -1,8 +1,8 @@
 //! Which packing is the fastest here: fewer bytes a weight against more work to decode them. Both give the same integers, so
 //! the answer, unlike any other measurement, may decide how a model runs.
 //!
-//! The rule: the geometric mean of the times of a step for one sequence, for four and for eight decides; a tie goes to the
-//! kernel's first layout. Memory bounds someone alone, whom 1.6 bits help where it is slow; multiplications bound a batch, and
+//! The rule: the geometric mean of the times of a step for one sequence, for 4, 8 and 16 decides; a tie goes to the kernel's first
+//! layout. Memory bounds someone alone, whom 1.6 bits help where it is slow; multiplications bound a batch, and
 //! decoding 1.6 bits takes some of them away: on a Zen 4 core the 2-bit product is a quarter slower for one token, as much
 //! faster for four, and a fifteenth faster for eight. Who is always alone can be told `--packing 1.6bit`, which saves a fifth
 //! of the body's memory too.
@@ -24,8 +24,8 @@ const COLS: usize = 2560;
 /// More than this in all would only take longer: no last-level cache holds it.
 const MAX_BYTES: usize = 256 << 20;
 /// Tokens of the products that are timed, and in how many rounds: a pass over much memory varies the most.
-const TIMED: [(usize, u32); 3] = [(1, 12), (4, 3), (8, 3)];
-const MAX_TOKENS: usize = 8;
+const TIMED: [(usize, u32); 4] = [(1, 12), (4, 4), (8, 4), (16, 3)];
+const MAX_TOKENS: usize = 16;
 
 /// Times products in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead, on all workers
 /// of `pool`, and returns the fastest way. They take turns, for the memory of a shared machine is faster in one
@@ -52,8 +52,12 @@ pub fn autotune(
     let mut out = vec![0.0; MAX_TOKENS * rows];
     for (index, (num_tokens, num_rounds)) in TIMED.into_iter().enumerate() {
         let x = x.view(num_tokens, COLS);
+        let ways: Vec<_> = timed.iter().map(|(choice, ..)| choice.for_tokens(num_tokens)).collect();
         for _ in 0..num_rounds {
-            for (_, weights, best) in &mut timed {
+            for (way, (_, weights, best)) in timed.iter_mut().enumerate() {
+                if ways[..way].contains(&ways[way]) {
+                    continue;
+                }
                 let out = SharedColumns::new(&mut out[..num_tokens * rows], rows, ROW_TILE);
                 let seconds = seconds_of(|| {
                     pool.run_chunks(rows / ROW_TILE, 1, &|tiles| {
@@ -63,6 +67,10 @@ pub fn autotune(
                 });
                 best[index] = best[index].min(seconds);
             }
+        }
+        for (way, same) in ways.iter().enumerate() {
+            let first = ways.iter().position(|way| way == same).unwrap_or(way);
+            timed[way].2[index] = timed[first].2[index];
         }
     }
     for (choice, _, seconds) in &timed {

@@ -35,6 +35,11 @@ pub struct Streaming {
 }
 
 impl Streaming {
+    /// What it comes to for so many tokens: two ways may be one.
+    pub(super) fn for_tokens(self, num_tokens: usize) -> (PackedLayout, bool) {
+        (self.layout, self.prefetch.asks_ahead(num_tokens))
+    }
+
     /// What can be chosen from, the default first: all of `kernel`'s layouts unless it is `layout`.
     pub(super) fn choices(kernel: &dyn TernaryKernel, layout: Option<PackedLayout>) -> Vec<Self> {
         let layouts = layout.map_or_else(|| kernel.layouts().to_vec(), |layout| vec![layout]);
