@@ -24,7 +24,7 @@ const COLS: usize = 2560;
 /// More than this in all would only take longer: no last-level cache holds it.
 const MAX_BYTES: usize = 256 << 20;
 /// Tokens of the products that are timed, and in how many rounds: a pass over much memory varies the most.
-const TIMED: [(usize, u32); 4] = [(1, 12), (4, 4), (8, 4), (16, 3)];
+const TIMED: [(usize, u32); 4] = [(1, 12), (4, 2), (8, 2), (16, 2)];
 const MAX_TOKENS: usize = 16;
 
 /// Times products in every layout of `kernel`, or in `layout` alone, with and without asking for weights ahead, on all workers
@@ -52,12 +52,8 @@ pub fn autotune(
     let mut out = vec![0.0; MAX_TOKENS * rows];
     for (index, (num_tokens, num_rounds)) in TIMED.into_iter().enumerate() {
         let x = x.view(num_tokens, COLS);
-        let ways: Vec<_> = timed.iter().map(|(choice, ..)| choice.for_tokens(num_tokens)).collect();
         for _ in 0..num_rounds {
-            for (way, (_, weights, best)) in timed.iter_mut().enumerate() {
-                if ways[..way].contains(&ways[way]) {
-                    continue;
-                }
+            for (_, weights, best) in &mut timed {
                 let out = SharedColumns::new(&mut out[..num_tokens * rows], rows, ROW_TILE);
                 let seconds = seconds_of(|| {
                     pool.run_chunks(rows / ROW_TILE, 1, &|tiles| {
@@ -68,18 +64,21 @@ pub fn autotune(
                 best[index] = best[index].min(seconds);
             }
         }
-        for (way, same) in ways.iter().enumerate() {
-            let first = ways.iter().position(|way| way == same).unwrap_or(way);
-            timed[way].2[index] = timed[first].2[index];
-        }
     }
     for (choice, _, seconds) in &timed {
         tracing::debug!(?choice, rows, ?seconds, "timed a way to read weights");
     }
+    // Of all choices that come to the same for so many tokens.
+    let best = |choice: Streaming, index: usize, num_tokens: usize| {
+        let same = timed.iter().filter(|(other, ..)| other.for_tokens(num_tokens) == choice.for_tokens(num_tokens));
+        same.map(|(_, _, seconds)| seconds[index]).fold(f64::INFINITY, f64::min)
+    };
     // Their product orders like their mean.
-    let time = |seconds: &[f64; TIMED.len()]| seconds.iter().product::<f64>();
-    let fastest = timed.iter().min_by(|(_, _, a), (_, _, b)| time(a).total_cmp(&time(b)));
-    let fastest = fastest.expect("a kernel has a layout").0;
+    let time = |choice: Streaming| -> f64 {
+        TIMED.iter().enumerate().map(|(index, (num_tokens, _))| best(choice, index, *num_tokens)).product()
+    };
+    let fastest = timed.iter().map(|(choice, ..)| *choice).min_by(|a, b| time(*a).total_cmp(&time(*b)));
+    let fastest = fastest.expect("a kernel has a layout");
     // The last one first, so that the arena gets its bytes back.
     timed.into_iter().rev().for_each(drop);
     fastest

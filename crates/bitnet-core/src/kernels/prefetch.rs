@@ -35,7 +35,7 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// What it comes to for so many tokens: two ways may be one.
+    /// What it comes to for so many tokens: others may come to the same.
     pub(super) fn for_tokens(self, num_tokens: usize) -> (PackedLayout, bool) {
         (self.layout, self.prefetch.asks_ahead(num_tokens))
     }

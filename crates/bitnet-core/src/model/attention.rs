@@ -73,7 +73,10 @@ pub(super) fn attend(
     let group_width = q.len() / phases.num_rows / num_kv_heads;
     let (group, num_threads) = (group_width / head_dim, phases.pool.num_threads());
     let max_queries = QuerySpan::MAX_ROWS * group;
-    let unit_of = |span, head| Unit { isa, kv, layer, head, head_dim, group, blocks: batch.blocks(&span), span, q };
+    let unit_of = |span: &QuerySpan, head| {
+        let (blocks, span) = (batch.blocks(span), span.clone());
+        Unit { isa, kv, layer, head, head_dim, group, blocks, span, q }
+    };
     // out: [num_rows * num_kv_heads, group_width]
     let out = SharedRows::new(out, group_width);
     let scratch_len = scratch.len() / num_threads;
@@ -82,7 +85,7 @@ pub(super) fn attend(
         phases.pool.run_with_chunks(num_pieces, 1, &|worker, chunks| {
             let scratch = scratch.claim(worker.index()..worker.index() + 1);
             for (span, head) in chunks.flat_map(|chunk| units_of(batch.spans(), num_kv_heads, chunk)) {
-                unit_of(span, head).attend(&out, scratch);
+                unit_of(&span, head).attend(&out, scratch);
             }
         });
         return;
@@ -96,7 +99,7 @@ pub(super) fn attend(
         phases.pool.run(&|worker| {
             let scratch = scratch.claim(worker.index()..worker.index() + 1);
             for placed in placed() {
-                let (unit, scratch) = (unit_of(placed.span.clone(), placed.head), &mut *scratch);
+                let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
                 match placed.slot {
                     None if placed.first == worker.index() => unit.attend(&out, scratch),
                     None => {}
@@ -120,7 +123,7 @@ pub(super) fn attend(
         let scratch = scratch.claim(worker.index()..worker.index() + 1);
         let cut = placed().filter_map(|placed| placed.slot.map(|slot| (placed, slot)));
         for (placed, slot) in cut.filter(|(_, slot)| slot % num_threads == worker.index()) {
-            let (unit, scratch) = (unit_of(placed.span.clone(), placed.head), &mut *scratch);
+            let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
             let kept = &partials[slot * per_slot * partial_len..][..num_partitions(placed.span) * partial_len];
             unit.combine_kept(kept, partial_len, &out, scratch);
         }

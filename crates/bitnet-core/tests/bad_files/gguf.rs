@@ -352,7 +352,7 @@ proptest! {
             bytes.truncate(cut.index(bytes.len()));
         }
         let limit = 2 * bytes.len() + crate::SLACK;
-        let (_, peak) = crate::allocation::peak_during(|| load(|| open(bytes)));
+        let (_, peak) = crate::peak_during(|| load(|| open(bytes)));
         prop_assert!(peak <= limit, "held {} bytes", peak);
     }
 }

@@ -325,7 +325,7 @@ proptest! {
         for (index, byte) in edits {
             bytes[index.index(header_end)] = byte;
         }
-        let (_, peak) = crate::allocation::peak_during(|| safetensors::parse(&bytes).is_ok());
+        let (_, peak) = crate::peak_during(|| safetensors::parse(&bytes).is_ok());
         prop_assert!(peak <= 2 * bytes.len() + crate::SLACK, "held {} bytes", peak);
     }
 

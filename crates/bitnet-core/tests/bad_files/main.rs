@@ -2,7 +2,6 @@
 //! holding much more memory than the file is long.
 #![allow(clippy::unwrap_used)]
 
-mod allocation;
 mod gguf;
 mod hugging_face;
 mod writer;
@@ -32,9 +31,16 @@ fn decode(tensor: &TernaryTensor) -> Result<(), LoadError> {
     (0..tensor.rows).try_for_each(|row| reader.decode_row(row, &mut codes))
 }
 
+/// Runs `work` and returns the most bytes this thread held meanwhile, beyond what it held before.
+fn peak_during<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    let mut value = None;
+    let held = allocation_counter::measure(|| value = Some(work()));
+    (value.expect("it ran"), held.bytes_max as usize)
+}
+
 /// Asserts that loading ends in an error whose message contains `expected`, within the allocation limit.
 fn assert_refused(name: &str, expected: &str, file_bytes: usize, open: impl FnOnce() -> Result<Checkpoint, LoadError>) {
-    let (result, peak) = allocation::peak_during(|| load(open));
+    let (result, peak) = peak_during(|| load(open));
     let Err(error) = result else { panic!("{name}: was accepted") };
     let message = error.to_string();
     assert!(message.contains(expected), "{name}: `{message}` does not say `{expected}`");

@@ -158,7 +158,7 @@ impl TernaryKernel for Avx512Vnni {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
-    // One token's interleaved codes are its codes.
+    // One token's interleaved codes are its codes. Its sums leave them where they lie in their bytes: there is nothing to shift.
     gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, _>(ShiftAndMask, panel, ahead, codes, sums));
 }
 

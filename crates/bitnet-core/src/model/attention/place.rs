@@ -7,8 +7,8 @@ use super::{PARTITION, QuerySpan};
 
 /// Rows of a piece of a unit.
 const PIECE_ROWS: usize = 16;
-/// What all pieces cost at least for each worker, in those that cost most, for workers to take them: so often does the one that
-/// finishes first wait for no more than the part of its time.
+/// Workers take pieces where an equal share of the cost is that of so many of the largest at least: the one that finishes first
+/// waits for no longer than one of them takes.
 const MIN_PIECES: usize = 8;
 
 pub(super) fn num_partitions(span: &QuerySpan) -> usize {

@@ -66,8 +66,8 @@ fn every_kernel_follows_the_specification_to_the_bit() {
         let mut kv = KvCache::with_geometry(Geometry::new(&config, dtype), NUM_BLOCKS).expect("small");
         // Three workers cut units of one partition and of two, and take pieces of the last ones.
         let mut pool = WorkerPool::new(3);
-        let few = [(0, 1), (1, 33), (33, 84), (84, 148), (148, 212), (212, 250), (250, 270), (270, 271)];
-        for (start, end) in few.into_iter().chain([(271, 600)]) {
+        let edges = [0, 1, 33, 84, 148, 212, 250, 270, 271, 600];
+        for (start, end) in edges.into_iter().zip(edges.into_iter().skip(1)) {
             let tokens = vec![TokenId(1); end - start];
             let sequence =
                 BatchSequence { tokens: &tokens, start, stored: 0, block_table: &table, logits: LogitRows::None };
