@@ -12,7 +12,7 @@
 //! out = acc / l
 //! ```
 //!
-//! What differs in the code, and changes no bit: a unit of work is up to 48 rows of one sequence times the query heads of one
+//! What differs in the code, and changes no bit: a unit of work is up to 96 rows of one sequence times the query heads of one
 //! K/V head, so that a block is decoded once for all of them (halves of few queries are widened as they are multiplied); scores
 //! are computed for the positions of some blocks side by side. Invisible positions may be scored, but their scores and values
 //! are never used: a reused block may hold NaN.

@@ -223,7 +223,7 @@ fn check_writes(sequences: &[BatchSequence<'_>]) -> Result<(), BatchError> {
 impl QuerySpan {
     /// Rows of a span at most: enough to share the decoding of a block, few enough for their scores to stay in the
     /// second-level cache; and of four heads they are whole tiles.
-    pub(super) const MAX_ROWS: usize = 48;
+    pub(super) const MAX_ROWS: usize = 96;
 
     /// Whether both are rows of one sequence.
     pub(super) fn same_sequence(&self, other: &Self) -> bool {
@@ -278,20 +278,20 @@ mod tests {
 
     #[test]
     fn rows_keep_their_order_and_know_their_blocks() {
-        let limits = Limits { num_blocks: 8, max_rows: 60, max_context: 64, ..LIMITS };
-        let prompt = [TokenId(3); 50];
-        let tables = [[2, 0, 4, 5], [1, 3, 6, 7]].map(|table| table.map(BlockId));
+        let limits = Limits { num_blocks: 16, max_rows: 110, max_context: 112, ..LIMITS };
+        let prompt = [TokenId(3); 98];
+        let tables = [[2, 0, 4, 5, 8, 9, 10], [1, 3, 6, 7, 11, 12, 13]].map(|table| table.map(BlockId));
         let decode = BatchSequence { logits: LogitRows::All, ..sequence(&prompt[..1], 16, &tables[1]) };
         let batch = Batch::checked(&limits, &[sequence(&prompt, 0, &tables[0]), decode]).expect("valid");
-        assert_eq!(batch.logit_rows(), [49, 50]);
+        assert_eq!(batch.logit_rows(), [97, 98]);
         assert_eq!(batch.num_logit_rows(), 2);
         let at = |row: usize| (batch.rows()[row].position, batch.rows()[row].block.expect("it is written"));
         assert_eq!(
-            [at(0), at(15), at(16), at(50)],
+            [at(0), at(15), at(16), at(98)],
             [(0, BlockId(2)), (15, BlockId(2)), (16, BlockId(0)), (16, BlockId(3))]
         );
         let spans: Vec<_> = batch.spans().iter().map(|s| (s.rows.clone(), s.start, batch.blocks(s)[0])).collect();
-        assert_eq!(spans, [(0..48, 0, BlockId(2)), (48..50, 48, BlockId(2)), (50..51, 16, BlockId(1))]);
+        assert_eq!(spans, [(0..96, 0, BlockId(2)), (96..98, 96, BlockId(2)), (98..99, 16, BlockId(1))]);
     }
 
     #[test]

@@ -92,8 +92,8 @@ fn every_kernel_follows_the_specification_to_the_bit() {
 #[test]
 fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
     let table: Vec<_> = (0..NUM_BLOCKS as u32).map(BlockId).collect();
-    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 64, max_context: 600 };
-    let tokens = [TokenId(0); 60];
+    let limits = Limits { vocab_size: 9, num_blocks: NUM_BLOCKS, max_rows: 128, max_context: 600 };
+    let tokens = [TokenId(0); 108];
     let sequence = |len: usize, start, block| BatchSequence {
         tokens: &tokens[..len],
         start,
@@ -102,11 +102,11 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
         logits: LogitRows::None,
     };
     let batch =
-        Batch::checked(&limits, &[sequence(60, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
+        Batch::checked(&limits, &[sequence(108, 0, 0), sequence(1, 300, 10), sequence(2, 17, 35)]).expect("valid");
     for num_threads in [1, 2, 3, 5, 16] {
         let placed: Vec<_> = place(batch.spans(), 3, num_threads).collect();
         let units: Vec<_> = placed.iter().map(|placed| (placed.span.rows.start, placed.head)).collect();
-        let sequences = [&[0, 48][..], &[60], &[61]];
+        let sequences = [&[0, 96][..], &[108], &[109]];
         let heads = sequences.iter().flat_map(|spans| (0..3).map(move |head| (spans, head)));
         let expected: Vec<_> = heads.flat_map(|(spans, head)| spans.iter().map(move |&row| (row, head))).collect();
         assert_eq!(units, expected);
@@ -119,8 +119,8 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
             assert_eq!(placed.slot, if placed.first == placed.last { None } else { slots.next() });
         }
     }
-    // Rows 0..48, 48..60, 60, and 61..63, each of three heads.
-    let num_pieces = 3 * (3 + 1 + 1 + 1);
+    // Rows 0..96, 96..108, 108, and 109..111, each of three heads.
+    let num_pieces = 3 * (6 + 1 + 1 + 1);
     for chunk_len in [1, 2, 5, num_pieces] {
         let chunks = (0..num_pieces).step_by(chunk_len).map(|first| first..num_pieces.min(first + chunk_len));
         let units: Vec<_> = chunks.flat_map(|chunk| units_of(batch.spans(), 3, chunk)).collect();
@@ -128,7 +128,7 @@ fn units_of_work_are_all_done_once_whatever_the_number_of_workers() {
         let mut rows: Vec<_> =
             units.iter().flat_map(|(span, head)| span.rows.clone().map(|row| (*head, row))).collect();
         rows.sort_unstable();
-        assert_eq!(rows, (0..3).flat_map(|head| (0..63).map(move |row| (head, row))).collect::<Vec<_>>());
+        assert_eq!(rows, (0..3).flat_map(|head| (0..111).map(move |row| (head, row))).collect::<Vec<_>>());
     }
 }
 

@@ -161,16 +161,21 @@ fn from<'a, T>(first: usize, rows: &ChunksExact<'a, T>) -> ChunksExact<'a, T> {
     rows
 }
 
-/// `scores[n][..16 V] = queries[n] . keys * scale`; `keys: [head_dim][16 V]`, rows of `scores` are a partition apart.
+/// `scores[n][..16 V] = queries[n] . keys * scale`; `queries: [N][head_dim]`, `keys: [head_dim][16 V]`, rows of `scores` are a
+/// partition apart.
 #[inline(always)]
 pub(super) fn score<const N: usize, const V: usize>(
-    queries: &[&[f32]],
+    queries: &[f32],
+    head_dim: usize,
     keys: impl Rows<V>,
     scale: f32,
     scores: &mut [f32],
 ) {
-    let queries = *queries.first_chunk::<N>().expect("a whole tile");
-    let sums = multiply_add(queries, keys, [[[0.0; LANES]; V]; N]);
+    let mut rows = [queries; N];
+    for n in 0..N {
+        rows[n] = &queries[n * head_dim..][..head_dim];
+    }
+    let sums = multiply_add(rows, keys, [[[0.0; LANES]; V]; N]);
     for (sums, scores) in sums.iter().zip(scores.chunks_mut(PARTITION)) {
         for (sums, scores) in sums.iter().zip(scores.as_chunks_mut::<LANES>().0) {
             for (sum, score) in sums.iter().zip(scores) {
@@ -228,16 +233,11 @@ fn multiply_add<const N: usize, const V: usize>(
     sums
 }
 
-/// Scores of one query and partition -> weights; returns their maximum and sum.
+/// Scores of one query and partition -> weights; returns their sum.
 #[inline(always)]
-pub(super) fn softmax(scores: &mut [f32], num_visible: usize) -> [f32; 2] {
-    // Whole vectors: what is added here weighs exactly nothing.
-    let num_padded = num_visible.next_multiple_of(LANES);
-    scores[num_visible..num_padded].fill(f32::NEG_INFINITY);
-    let steps = scores[..num_padded].as_chunks_mut::<LANES>().0;
-    let max = max_16(steps);
+pub(super) fn exp_and_sum(scores: &mut [[f32; LANES]], max: f32) -> f32 {
     let mut lanes = [0.0; LANES];
-    for step in steps {
+    for step in scores {
         for score in step.iter_mut() {
             *score = math::exp_non_positive(*score - max);
         }
@@ -245,7 +245,7 @@ pub(super) fn softmax(scores: &mut [f32], num_visible: usize) -> [f32; 2] {
             lanes[lane] += step[lane];
         }
     }
-    [max, lane_tree(&lanes)]
+    lane_tree(&lanes)
 }
 
 /// Not inlined: the compiler would cut the lanes of the whole loop in the shape of the tree.
@@ -256,7 +256,7 @@ fn lane_tree(lanes: &[f32; LANES]) -> f32 {
 
 /// The largest value, NaN left out.
 #[inline(always)]
-fn max_16(steps: &[[f32; LANES]]) -> f32 {
+pub(super) fn max_16(steps: &[[f32; LANES]]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for step in steps {
         for lane in 0..LANES {

@@ -30,7 +30,7 @@ pub(super) fn padded(head_dim: usize) -> usize {
 
 /// Values of scratch memory for a unit of `max_queries`.
 pub(super) fn scratch_len(max_queries: usize, head_dim: usize) -> usize {
-    tile_len(head_dim) + max_queries * (PARTITION + 2 * padded(head_dim) + 2 * 2)
+    tile_len(head_dim) + max_queries * (PARTITION + 2 * padded(head_dim) + head_dim + 2 * 2)
 }
 
 /// Decoded values of [`VALUE_TILE`] positions, or keys of fewer.
@@ -63,6 +63,8 @@ struct Scratch<'a> {
     /// The running sums, and those of the current partition: `[num_queries, padded head_dim]`.
     total: &'a mut [f32],
     partial: &'a mut [f32],
+    /// `[num_queries, head_dim]`: all are read once for every tile of keys, and faster where they lie side by side.
+    queries: &'a [f32],
     /// The same of maximum and sum of weights: `[num_queries, 2]`.
     total_softmax: &'a mut [[f32; 2]],
     partial_softmax: &'a mut [[f32; 2]],
@@ -76,10 +78,12 @@ impl<'a> Scratch<'a> {
         let (scores, rest) = rest.split_at_mut(num_queries * PARTITION);
         let (total, rest) = rest.split_at_mut(num_queries * padded);
         let (partial, rest) = rest.split_at_mut(num_queries * padded);
+        let (queries, rest) = rest.split_at_mut(num_queries * unit.head_dim);
         let (total_softmax, rest) = rest.as_chunks_mut().0.split_at_mut(num_queries);
         total.fill(0.0);
         total_softmax.fill([f32::NEG_INFINITY, 0.0]);
-        Self { tile, scores, total, partial, total_softmax, partial_softmax: &mut rest[..num_queries] }
+        unit.copy_queries(queries);
+        Self { tile, scores, total, partial, queries, total_softmax, partial_softmax: &mut rest[..num_queries] }
     }
 }
 
@@ -164,12 +168,13 @@ impl Unit<'_> {
         position.saturating_sub(self.span.start) * self.group..self.num_queries()
     }
 
-    /// `[head_dim]`
-    #[inline(always)]
-    fn query(&self, query: usize) -> &[f32] {
-        let width = self.kv.geometry().num_kv_heads * self.group * self.head_dim;
-        let row = self.span.rows.start + query / self.group;
-        &self.q[row * width + (self.head * self.group + query % self.group) * self.head_dim..][..self.head_dim]
+    /// `queries: [num_queries, head_dim]`
+    fn copy_queries(&self, queries: &mut [f32]) {
+        let group_width = self.group * self.head_dim;
+        let width = self.kv.geometry().num_kv_heads * group_width;
+        for (row, queries) in self.span.rows.clone().zip(queries.chunks_exact_mut(group_width)) {
+            queries.copy_from_slice(&self.q[row * width + self.head * group_width..][..group_width]);
+        }
     }
 
     /// Indices of the visible blocks of the partition at `start`.
@@ -218,7 +223,7 @@ impl Unit<'_> {
             let keys = indices.map(|index| halves(self.keys(index)));
             // Where nothing follows, what is there already.
             let ahead = indices.map(|index| halves(self.ahead_of_keys(index, blocks).unwrap_or(self.keys(index))));
-            self.score_rows::<V>(first, start, &HalfKeys::new(keys, ahead, widen), scratch.scores);
+            self.score_rows::<V>(first, start, &HalfKeys::new(keys, ahead, widen), scratch.queries, scratch.scores);
         } else {
             let stride = V * BLOCK_TOKENS;
             let tile = &mut scratch.tile[..self.head_dim * stride];
@@ -228,7 +233,7 @@ impl Unit<'_> {
                 }
                 self.keys(index).decode(self.isa, &mut tile[column * BLOCK_TOKENS..], stride);
             }
-            self.score_rows::<V>(first, start, &Decoded::new(tile, stride), scratch.scores);
+            self.score_rows::<V>(first, start, &Decoded::new(tile, stride), scratch.queries, scratch.scores);
         }
         first + V
     }
@@ -240,29 +245,48 @@ impl Unit<'_> {
         first: usize,
         start: usize,
         keys: &(impl Rows<V> + Clone),
+        queries: &[f32],
         scores: &mut [f32],
     ) {
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let offset = first * BLOCK_TOKENS - start;
         let Range { start: from, end } = self.queries_from(first * BLOCK_TOKENS);
         for query in (from..end).step_by(MAX_QUERIES) {
-            let num_queries = (end - query).min(MAX_QUERIES);
-            let mut queries = [&[][..]; MAX_QUERIES];
-            for (i, row) in queries[..num_queries].iter_mut().enumerate() {
-                *row = self.query(query + i);
-            }
+            let queries = &queries[query * self.head_dim..];
             let scores = &mut scores[query * PARTITION + offset..];
-            by_queries!(num_queries, score::<N, V>(&queries, keys.clone(), scale, scores));
+            let num_queries = (end - query).min(MAX_QUERIES);
+            by_queries!(num_queries, score::<N, V>(queries, self.head_dim, keys.clone(), scale, scores));
         }
     }
 
     /// Scores -> weights, with their maximum and sum.
     #[inline(always)]
     fn softmax(&self, start: usize, scratch: &mut Scratch<'_>) {
-        for query in self.queries_from(start) {
-            let scores = &mut scratch.scores[query * PARTITION..][..PARTITION];
-            scratch.partial_softmax[query] = tile::softmax(scores, self.num_visible(query, start).min(PARTITION));
+        let Range { start: from, end } = self.queries_from(start);
+        let mut max = self.largest_score(from, start, scratch.scores);
+        for query in from..end {
+            // On its way while the weights of this one are computed.
+            let next = if query + 1 < end { self.largest_score(query + 1, start, scratch.scores) } else { max };
+            let scores = self.visible_scores(query, start, scratch.scores);
+            scratch.partial_softmax[query] = [max, tile::exp_and_sum(scores, max)];
+            max = next;
         }
+    }
+
+    /// The largest score of `query`. What fills its last vector is made to weigh exactly nothing.
+    #[inline(always)]
+    fn largest_score(&self, query: usize, start: usize, scores: &mut [f32]) -> f32 {
+        let num_visible = self.num_visible(query, start).min(PARTITION);
+        let steps = self.visible_scores(query, start, scores);
+        steps.as_flattened_mut()[num_visible..].fill(f32::NEG_INFINITY);
+        tile::max_16(steps)
+    }
+
+    /// Whole vectors of the scores of what `query` sees.
+    #[inline(always)]
+    fn visible_scores<'s>(&self, query: usize, start: usize, scores: &'s mut [f32]) -> &'s mut [[f32; LANES]] {
+        let num_steps = self.num_visible(query, start).min(PARTITION).div_ceil(LANES);
+        &mut scores[query * PARTITION..][..PARTITION].as_chunks_mut().0[..num_steps]
     }
 
     /// `partial[query] = sum of weight * V` over the partition's visible positions, computed in tiles of `V` vectors.
@@ -271,7 +295,6 @@ impl Unit<'_> {
         let stride = padded(self.head_dim);
         let blocks = self.visible_blocks(start);
         let positions = |blocks: &Range<usize>| blocks.start * BLOCK_TOKENS..blocks.end * BLOCK_TOKENS;
-        scratch.partial.fill(0.0);
         if self.multiplies_halves() {
             for index in blocks.clone() {
                 let values = self.values(index);
@@ -329,6 +352,11 @@ impl Unit<'_> {
         let Range { start: from, end } = self.queries_from(positions.start);
         for query in (from..end).step_by(MAX_QUERIES) {
             let queries = query..end.min(query + MAX_QUERIES);
+            if positions.start == start {
+                for query in queries.clone() {
+                    partial[query * padded(self.head_dim) + column..][..V * LANES].fill(0.0);
+                }
+            }
             let [num_shared, num_seen] =
                 [query, queries.end - 1].map(|query| self.num_visible(query, positions.start).min(positions.len()));
             // What all of them see, then what only the later ones do.
