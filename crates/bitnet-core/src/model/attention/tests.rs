@@ -67,7 +67,7 @@ fn every_kernel_follows_the_specification_to_the_bit() {
         // Three workers cut units of one partition and of two, and take pieces of the last ones.
         let mut pool = WorkerPool::new(3);
         let edges = [0, 1, 33, 84, 148, 212, 250, 270, 271, 600];
-        for (start, end) in edges.into_iter().zip(edges.into_iter().skip(1)) {
+        for &[start, end] in edges.array_windows() {
             let tokens = vec![TokenId(1); end - start];
             let sequence =
                 BatchSequence { tokens: &tokens, start, stored: 0, block_table: &table, logits: LogitRows::None };

@@ -63,11 +63,11 @@ struct Scratch<'a> {
     /// The running sums, and those of the current partition: `[num_queries, padded head_dim]`.
     total: &'a mut [f32],
     partial: &'a mut [f32],
-    /// `[num_queries, head_dim]`: all are read once for every tile of keys, and faster where they lie side by side.
-    queries: &'a [f32],
     /// The same of maximum and sum of weights: `[num_queries, 2]`.
     total_softmax: &'a mut [[f32; 2]],
     partial_softmax: &'a mut [[f32; 2]],
+    /// `[num_queries, head_dim]`: all are read once for every tile of keys, and faster where they lie side by side.
+    queries: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
@@ -82,8 +82,7 @@ impl<'a> Scratch<'a> {
         let (total_softmax, rest) = rest.as_chunks_mut().0.split_at_mut(num_queries);
         total.fill(0.0);
         total_softmax.fill([f32::NEG_INFINITY, 0.0]);
-        unit.copy_queries(queries);
-        Self { tile, scores, total, partial, queries, total_softmax, partial_softmax: &mut rest[..num_queries] }
+        Self { tile, scores, total, partial, total_softmax, partial_softmax: &mut rest[..num_queries], queries }
     }
 }
 
@@ -91,6 +90,7 @@ impl Unit<'_> {
     /// The whole unit, to its end.
     pub(super) fn attend(&self, out: &SharedRows<'_, f32>, scratch: &mut [f32]) {
         let mut scratch = Scratch::new(scratch, self);
+        self.copy_queries(scratch.queries);
         for start in (0..self.end()).step_by(PARTITION) {
             self.attend_partition(start, &mut scratch);
             self.isa.run(Combine { unit: self, start, scratch: &mut scratch });
@@ -101,6 +101,7 @@ impl Unit<'_> {
     /// One partition, of a unit that is cut between workers: its sums are kept for [`Unit::combine_kept`].
     pub(super) fn attend_and_keep(&self, partition: usize, kept: &mut [f32], scratch: &mut [f32]) {
         let mut scratch = Scratch::new(scratch, self);
+        self.copy_queries(scratch.queries);
         self.attend_partition(partition * PARTITION, &mut scratch);
         let (sums, softmax) = kept.split_at_mut(scratch.partial.len());
         sums.copy_from_slice(scratch.partial);
@@ -352,6 +353,7 @@ impl Unit<'_> {
         let Range { start: from, end } = self.queries_from(positions.start);
         for query in (from..end).step_by(MAX_QUERIES) {
             let queries = query..end.min(query + MAX_QUERIES);
+            // The partition's first: their sums are cleared when they are about to be needed, not all of them in advance.
             if positions.start == start {
                 for query in queries.clone() {
                     partial[query * padded(self.head_dim) + column..][..V * LANES].fill(0.0);
