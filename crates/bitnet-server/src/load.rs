@@ -269,7 +269,6 @@ pub fn start_service(
         filter,
         response_cache_bytes: config.response_cache_bytes,
         request_timeout: config.request_timeout,
-        slow_reader_timeout: config.slow_reader_timeout,
         metrics: Arc::clone(metrics),
     });
     Ok((service, thread))

@@ -14,7 +14,7 @@ use crate::{
     config::ClientId,
     http::{LineAnswer, answer_line},
     openai::{InputLine, LineResponse, OutputLine},
-    service::{Caller, Service, ServiceError},
+    service::{Caller, CutOff, Service, ServiceError},
     storage::Outcome,
 };
 
@@ -25,7 +25,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(200);
 async fn answered(service: &Service, line: &InputLine, strict: bool, client: ClientId) -> Option<(Outcome, Vec<u8>)> {
     let request_id = format!("req-{:032x}", rand::random::<u128>());
     let (status_code, body) = loop {
-        let caller = Caller { client, arrival: Instant::now(), is_limited: false };
+        let caller = Caller { client, arrival: Instant::now(), is_limited: false, cut_off: CutOff::default() };
         match answer_line(service, line, strict, caller, &request_id).await {
             LineAnswer::Given(status_code, body) => break (status_code, body),
             LineAnswer::NotNow(ServiceError::Draining | ServiceError::EngineStopped) => return None,

@@ -3,6 +3,7 @@
 
 use std::{
     convert::Infallible,
+    error::Error,
     io,
     net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
@@ -22,7 +23,10 @@ use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use super::{bare::FillingIn, guard::Peer};
-use crate::metrics::{Metrics, SecurityEvent};
+use crate::{
+    metrics::{Metrics, SecurityEvent},
+    service::CutOff,
+};
 
 /// A request's head has to arrive within this time; an idle connection is closed after it.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -100,9 +104,11 @@ async fn serve_one(
     mut closing: watch::Receiver<bool>,
 ) {
     let _open = OpenConnection::new(metrics);
+    let peer = Peer { address: peer, cut_off: CutOff::default() };
+    let cut_off = peer.cut_off.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
-        request.extensions_mut().insert(Peer(peer));
+        request.extensions_mut().insert(peer.clone());
         let answer = router.clone().oneshot(request);
         async move { answer.await.map_err(|never: Infallible| never) }
     });
@@ -117,9 +123,17 @@ async fn serve_one(
             connection.await
         }
     };
-    if ended.is_err_and(|error| error.is_timeout()) {
-        metrics.record_security(SecurityEvent::HeaderTimeout);
+    // The connection still holds what it has not written.
+    match ended {
+        Err(error) if error.is_timeout() => metrics.record_security(SecurityEvent::HeaderTimeout),
+        Err(error) if is_write_timeout(&error) => cut_off.set(),
+        _ => {}
     }
+}
+
+fn is_write_timeout(error: &hyper::Error) -> bool {
+    let error = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
 /// Waits until the server closes; its end counts as well.
@@ -147,7 +161,7 @@ impl Drop for OpenConnection<'_> {
 mod tests {
     use std::io::{Read, Write};
 
-    use axum::{body::Bytes, routing::get};
+    use axum::{Extension, body::Bytes, routing::get};
     use futures_util::stream;
     use tokio::{sync::mpsc, time::timeout};
 
@@ -156,9 +170,9 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_reads_nothing_is_cut_off() {
-        let (say_gone, mut gone) = mpsc::channel::<()>(1);
-        let endless = move || {
-            let held = say_gone.clone();
+        let (say_gone, mut gone) = mpsc::channel(1);
+        let endless = move |Extension(Peer { cut_off, .. }): Extension<Peer>| {
+            let held = Held { cut_off, say_gone: say_gone.clone() };
             async move { Body::from_stream(stream::repeat_with(move || part(&held))) }
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -171,10 +185,11 @@ mod tests {
         client.writable().await.unwrap();
         client.try_write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         client.readable().await.unwrap();
-        // With the router closed, the answer alone holds the channel open; the client still holds its socket.
+        // The client still holds its socket.
+        let was_cut_off = timeout(Duration::from_secs(60), gone.recv()).await.expect("the answer is dropped");
+        assert_eq!(was_cut_off, Some(true));
         close.send(true).unwrap();
         timeout(Duration::from_secs(60), server).await.expect("the connection is closed").unwrap();
-        assert!(timeout(Duration::from_secs(60), gone.recv()).await.expect("the answer is dropped").is_none());
         drop(client);
     }
 
@@ -208,7 +223,19 @@ mod tests {
         }
     }
 
-    fn part(_held: &mpsc::Sender<()>) -> Result<Bytes, Infallible> {
+    /// What an answer holds: says, when dropped, whether its reader was cut off.
+    struct Held {
+        cut_off: CutOff,
+        say_gone: mpsc::Sender<bool>,
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            let _ = self.say_gone.try_send(self.cut_off.is_set());
+        }
+    }
+
+    fn part(_held: &Held) -> Result<Bytes, Infallible> {
         Ok(Bytes::from_static(&[b'x'; 4096]))
     }
 }

@@ -17,12 +17,15 @@ use axum::{
 use super::{ApiError, HttpState, observe::Arrival};
 use crate::{
     limits::{Account, ClientId},
-    service::{Caller, ServiceError},
+    service::{Caller, CutOff, ServiceError},
 };
 
 /// The other end of the connection. Headers that claim another are not believed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub(super) IpAddr);
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    pub(super) address: IpAddr,
+    pub(super) cut_off: CutOff,
+}
 
 /// Lets requests pass whose caller may call, with a [`Caller`] in their extensions.
 pub(super) async fn guard(State(state): State<Arc<HttpState>>, mut request: Request<Body>, next: Next) -> Response {
@@ -36,7 +39,8 @@ pub(super) async fn guard(State(state): State<Arc<HttpState>>, mut request: Requ
     let mut response = match state.limiter.take(&client, 1) {
         Ok(()) => {
             let arrival = request.extensions().get::<Arrival>().map_or_else(Instant::now, |arrival| arrival.0);
-            request.extensions_mut().insert(Caller { client, arrival, is_limited: true });
+            let cut_off = request.extensions().get::<Peer>().map(|peer| peer.cut_off.clone()).unwrap_or_default();
+            request.extensions_mut().insert(Caller { client, arrival, is_limited: true, cut_off });
             next.run(request).await
         }
         Err(refused) => ApiError::from(ServiceError::refused_by_limit(refused, "requests", None)).into_response(),
@@ -55,7 +59,7 @@ fn is_open(path: &str) -> bool {
 
 fn identify(state: &HttpState, request: &Request<Body>) -> Result<ClientId, ApiError> {
     if state.keys.is_empty() {
-        let peer = request.extensions().get::<Peer>().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.0);
+        let peer = request.extensions().get::<Peer>().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |peer| peer.address);
         return Ok(ClientId::from_address(peer));
     }
     let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());

@@ -43,14 +43,12 @@ impl Service {
         let mut place = self.reserve(1)?.pop();
         let prompts = self.text_prompts(INPUT, input).await?;
         let num_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let request = |(index, prompt)| self.vector_request(index, prompt, pooling, priority.unwrap_or(0), caller);
+        let request = |(index, prompt)| self.vector_request(index, prompt, pooling, priority.unwrap_or(0), &caller);
         let prompts = prompts.into_iter().map(|prompt| prompt.tokens).enumerate();
         let requests = prompts.map(request).collect::<Result<Vec<_>, _>>()?;
-        self.charge(INPUT, &requests, caller)?.keep();
+        self.charge(INPUT, &requests, &caller)?.keep();
 
-        let (metrics, patience) = (std::sync::Arc::clone(&self.metrics), self.slow_reader_timeout);
-        let mut meter = Meter::new(metrics, caller.arrival, requests.len(), true, patience);
-        let _reading = meter.reading();
+        let mut meter = Meter::new(std::sync::Arc::clone(&self.metrics), caller, requests.len(), true);
         let embedded = stream::iter(requests).map(|request| self.embedded(place.take(), request));
         let at_once = INPUTS_AT_ONCE.min(self.engine.status().max_waiting / 2).max(1);
         let embedded: Result<Vec<_>, _> = embedded.buffered(at_once).try_collect().await;
@@ -77,7 +75,7 @@ impl Service {
         prompt: Vec<TokenId>,
         pooling: Pooling,
         priority: i64,
-        caller: Caller,
+        caller: &Caller,
     ) -> Result<GenerationRequest, ServiceError> {
         let context = self.card.max_model_len;
         if prompt.len() > context {

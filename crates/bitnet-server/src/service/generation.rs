@@ -131,7 +131,6 @@ impl Generation {
     /// # Errors
     /// The first choice that fails ends the whole answer.
     pub async fn next(&mut self) -> Result<Option<Event>, ServiceError> {
-        let _reading = self.meter.reading();
         loop {
             let next = tokio::time::timeout_at(self.deadline.into(), self.sources.next()).await;
             let Ok(next) = next else { return Err(self.fail(ServiceError::Timeout)) };

@@ -1,14 +1,17 @@
 //! The figures of one generation, recorded where they happen; what its `Drop` finds unfinished was cancelled.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use crate::{
     metrics::{CancelCause, FinishLabel, Metrics},
     openai::{FinishReason, Usage},
-    service::ServiceError,
+    service::{Caller, ServiceError},
 };
 
 /// Records one request that reached the engine (or was replayed from the response cache).
@@ -21,50 +24,30 @@ pub(super) struct Meter {
     measure_gaps: bool,
     first_token_seen: bool,
     finished: bool,
-    last_read: LastRead,
-    /// A connection is cut off when nothing of it was read for so long.
-    patience: Duration,
+    cut_off: CutOff,
 }
 
-/// Since when nobody waits for the next event.
-#[derive(Clone, Debug)]
-struct LastRead(Arc<Mutex<Instant>>);
+/// Whether a client was cut off because it read nothing. The connection says so before it drops the answers that it carries.
+#[derive(Clone, Debug, Default)]
+pub struct CutOff(Arc<AtomicBool>);
 
-/// Somebody waits for the next event, until this is dropped.
-#[derive(Debug)]
-pub(super) struct Reading(LastRead);
+impl CutOff {
+    /// To be called before the connection's answers are dropped.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Release);
+    }
 
-impl Drop for Reading {
-    fn drop(&mut self) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    /// What the answer asks when it is dropped.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
     }
 }
 
 impl Meter {
-    pub(super) fn new(
-        metrics: Arc<Metrics>,
-        arrival: Instant,
-        num_choices: usize,
-        measure_gaps: bool,
-        patience: Duration,
-    ) -> Self {
+    pub(super) fn new(metrics: Arc<Metrics>, caller: Caller, num_choices: usize, measure_gaps: bool) -> Self {
+        let Caller { arrival, cut_off, .. } = caller;
         let last_tokens = vec![None; num_choices];
-        let last_read = LastRead(Arc::new(Mutex::new(Instant::now())));
-        Self {
-            metrics,
-            arrival,
-            last_tokens,
-            measure_gaps,
-            first_token_seen: false,
-            finished: false,
-            last_read,
-            patience,
-        }
-    }
-
-    /// To be held while somebody waits for the next event.
-    pub(super) fn reading(&self) -> Reading {
-        Reading(self.last_read.clone())
+        Self { metrics, arrival, last_tokens, measure_gaps, first_token_seen: false, finished: false, cut_off }
     }
 
     /// A token of `choice` arrived.
@@ -116,10 +99,7 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         if !self.finished {
-            let last_read = *self.last_read.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // The connection's buffer takes some more before nobody asks; whoever reads at all asks far more often.
-            let stalled = last_read.elapsed() >= self.patience / 2;
-            let cause = if stalled { CancelCause::SlowReader } else { CancelCause::ClientDisconnect };
+            let cause = if self.cut_off.is_set() { CancelCause::SlowReader } else { CancelCause::ClientDisconnect };
             self.metrics.record_cancelled(cause);
             self.end(FinishLabel::Cancelled);
         }

@@ -61,6 +61,7 @@ use charge::Charge;
 use choice::Choice;
 use completion::Shown;
 use generation::{Source, replay};
+pub use meter::CutOff;
 use meter::Meter;
 use prompting::encode_newest;
 
@@ -85,8 +86,6 @@ pub struct Parts {
     pub response_cache_bytes: usize,
     /// Longest time from arrival to the last byte.
     pub request_timeout: Duration,
-    /// A reader that takes nothing for so long is cut off.
-    pub slow_reader_timeout: Duration,
     /// Where figures go.
     pub metrics: Arc<Metrics>,
 }
@@ -105,7 +104,6 @@ pub struct Service {
     cache: Arc<ResponseCache<CachedAnswer>>,
     joinable: JoinableAnswers<SharedStream>,
     request_timeout: Duration,
-    slow_reader_timeout: Duration,
     metrics: Arc<Metrics>,
     probe: health::Probe,
 }
@@ -114,7 +112,7 @@ pub struct Service {
 const ANSWERS_KEPT_FOR: Duration = Duration::from_secs(3600);
 
 /// Who asks, and since when.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Caller {
     /// The client.
     pub client: ClientId,
@@ -122,6 +120,8 @@ pub struct Caller {
     pub arrival: Instant,
     /// Whether its tokens are counted. Those of batches are not: their lines wait until nobody else does.
     pub is_limited: bool,
+    /// Whether the caller's connection was cut off.
+    pub cut_off: CutOff,
 }
 
 impl Service {
@@ -140,7 +140,6 @@ impl Service {
             cache: Arc::new(ResponseCache::new(parts.response_cache_bytes, ANSWERS_KEPT_FOR)),
             joinable: JoinableAnswers::new(),
             request_timeout: parts.request_timeout,
-            slow_reader_timeout: parts.slow_reader_timeout,
             metrics: parts.metrics,
             probe: health::Probe::new(),
         }
@@ -199,8 +198,8 @@ impl Service {
             Truncation::Auto => encode_newest(prompter, &messages, &options, room),
         };
         let prompt = self.with_prompter(encode, "messages").await?;
-        let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, caller)?];
-        let charge = self.charge("messages", &requests, caller)?;
+        let mut requests = vec![self.fit("messages", prompt, &settings, None, constraint, &caller)?];
+        let charge = self.charge("messages", &requests, &caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, continues, caller)?;
         charge.keep();
@@ -223,10 +222,10 @@ impl Service {
         let prompts = self.text_prompts("prompt", prompt).await?;
         let prompt_logprobs = shown_logprobs.filter(|_| echo);
         let fit = |prompt: &prompting::TextPrompt| {
-            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), caller)
+            self.fit("prompt", prompt.tokens.clone(), &settings, prompt_logprobs, constraint.clone(), &caller)
         };
         let mut requests = prompts.iter().map(fit).collect::<Result<Vec<_>, _>>()?;
-        let charge = self.charge("prompt", &requests, caller)?;
+        let charge = self.charge("prompt", &requests, &caller)?;
         self.predict(&mut requests, settings.prediction.clone()).await?;
         let generation = self.start(places, requests, &settings, true, caller)?;
         charge.keep();
@@ -254,7 +253,7 @@ impl Service {
         settings: &Settings,
         prompt_logprobs: Option<usize>,
         constraint: Option<Arc<dyn OutputRule>>,
-        caller: Caller,
+        caller: &Caller,
     ) -> Result<GenerationRequest, ServiceError> {
         let (context, len) = (self.card.max_model_len, prompt.len());
         if prompt.is_empty() {
@@ -306,7 +305,7 @@ impl Service {
 
     /// Counts the tokens of `requests`, whose prompts came in field `param`, as those of the caller: all that may be computed,
     /// before any of it is. Given back unless they are kept.
-    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: Caller) -> Result<Charge<'_>, ServiceError> {
+    fn charge(&self, param: &str, requests: &[GenerationRequest], caller: &Caller) -> Result<Charge<'_>, ServiceError> {
         let (limiter, client) = (&self.token_limiter, caller.client);
         if !caller.is_limited {
             return Ok(Charge { limiter, client, tokens: 0 });
@@ -369,9 +368,9 @@ impl Service {
         let recorder = key
             .filter(|_| cached.is_none())
             .map(|key| Recorder::new(Arc::clone(&self.cache), Arc::clone(&self.metrics), key, num_choices));
-        let meter = Meter::new(Arc::clone(&self.metrics), caller.arrival, num_choices, live, self.slow_reader_timeout);
-        let choices = stages.into_iter().zip(sources).collect();
         let deadline = caller.arrival + self.request_timeout;
+        let meter = Meter::new(Arc::clone(&self.metrics), caller, num_choices, live);
+        let choices = stages.into_iter().zip(sources).collect();
         Ok(Generation::new(prompts, choices, deadline, meter, recorder, self.on_match()))
     }
 

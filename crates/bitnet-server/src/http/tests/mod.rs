@@ -181,7 +181,6 @@ impl Setup {
             filter: config.content_filter.as_ref().map(|rules| ContentFilter::new(rules).unwrap()),
             response_cache_bytes: 1 << 20,
             request_timeout: config.request_timeout,
-            slow_reader_timeout: config.slow_reader_timeout,
             metrics,
         });
         fixture.state.install(Arc::new(service));
