@@ -123,7 +123,7 @@ async fn serve_one(
             connection.await
         }
     };
-    // The connection still holds what it has not written.
+    // The connection still holds its answers: they are dropped with it, after they can be told.
     match ended {
         Err(error) if error.is_timeout() => metrics.record_security(SecurityEvent::HeaderTimeout),
         Err(error) if is_write_timeout(&error) => cut_off.set(),
