@@ -44,11 +44,15 @@ pub trait WideningOp {
     type Output;
 
     /// Does it.
-    fn call(self, widen: impl Widen) -> Self::Output;
+    fn call<W: Widen>(self, widen: W) -> Self::Output;
 }
 
 /// An instruction set's way to the values of half-precision bits.
 pub trait Widen: Copy {
+    /// Whether there are 32 registers of 16 floats, rather than 16 of at most 8: how large tiles of sums may be. A constant, so
+    /// that what is for others is not compiled.
+    const IS_WIDE: bool;
+
     /// The values, exactly. (Of a NaN only that it is one is certain.)
     fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN];
 }
@@ -83,15 +87,6 @@ impl Isa {
         #[cfg(not(target_arch = "x86_64"))]
         let detected: [Option<Self>; 0] = [];
         std::iter::once(Self::BASELINE).chain(detected.into_iter().flatten()).collect()
-    }
-
-    /// Whether there are 32 registers of 16 floats, rather than 16 of at most 8: how large tiles of sums may be.
-    #[inline]
-    pub fn is_wide(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.0 == Level::Avx512;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
     }
 
     /// The values of half-precision bits, exactly: each 16 of them go to the start of the next `stride` values of
@@ -131,7 +126,7 @@ impl<O: FloatOp> WideningOp for WidensNothing<O> {
     type Output = O::Output;
 
     #[inline(always)]
-    fn call(self, _: impl Widen) -> O::Output {
+    fn call<W: Widen>(self, _: W) -> O::Output {
         self.0.call()
     }
 }
@@ -146,7 +141,7 @@ impl WideningOp for WidenAll<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self, widen: impl Widen) {
+    fn call<W: Widen>(self, widen: W) {
         for (run, out) in self.runs.iter().zip(self.out.chunks_mut(self.stride)) {
             *out.first_chunk_mut().expect("a whole run") = widen.widen(run);
         }
@@ -157,6 +152,8 @@ impl WideningOp for WidenAll<'_> {
 struct ByIntegers;
 
 impl Widen for ByIntegers {
+    const IS_WIDE: bool = false;
+
     #[inline(always)]
     fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
         let mut values = [0.0; RUN];
@@ -186,6 +183,8 @@ struct ByF16c(());
 
 #[cfg(target_arch = "x86_64")]
 impl Widen for ByF16c {
+    const IS_WIDE: bool = false;
+
     #[inline(always)]
     fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
         // SAFETY: as its type says.
@@ -213,6 +212,8 @@ struct ByAvx512(());
 
 #[cfg(target_arch = "x86_64")]
 impl Widen for ByAvx512 {
+    const IS_WIDE: bool = true;
+
     #[inline(always)]
     fn widen(self, halves: &[[u8; 2]; RUN]) -> [f32; RUN] {
         // SAFETY: as its type says.

@@ -450,7 +450,8 @@ unsafe fn multiply_token<const N: usize, const STEP: usize, const TOKEN: usize, 
     block: *const i8,
     sums: &mut [__m512i; 2],
 ) {
-    for (sum, weights) in sums.iter_mut().zip(weights) {
+    for half in 0..2 {
+        let (sum, weights) = (&mut sums[half], weights[half]);
         if TOKEN % 2 == 1 && !SCREEN {
             // SAFETY: the caller's promise.
             unsafe {

@@ -129,22 +129,16 @@ impl Unit<'_> {
     /// Maximum, sum of weights and weighted values of the partition at `start`.
     fn attend_partition(&self, start: usize, scratch: &mut Scratch<'_>) {
         // Each compiled by itself: in one function they would compete for registers.
-        if self.isa.is_wide() {
-            self.isa.run_widening(Score::<WIDE> { unit: self, start, scratch });
-            self.isa.run(Softmax { unit: self, start, scratch });
-            self.isa.run_widening(Weigh::<WIDE> { unit: self, start, scratch });
-        } else {
-            self.isa.run_widening(Score::<1> { unit: self, start, scratch });
-            self.isa.run(Softmax { unit: self, start, scratch });
-            self.isa.run_widening(Weigh::<1> { unit: self, start, scratch });
-        }
+        self.isa.run_widening(Score { unit: self, start, scratch });
+        self.isa.run(Softmax { unit: self, start, scratch });
+        self.isa.run_widening(Weigh { unit: self, start, scratch });
     }
 
     /// Whether halves are widened as they are multiplied, once for each tile of queries: a few do not use them often enough for
     /// writing them down to pay.
     #[inline(always)]
-    fn multiplies_halves(&self) -> bool {
-        let max_tiles = if self.isa.is_wide() { 3 } else { 1 };
+    fn multiplies_halves<W: Widen>(&self) -> bool {
+        let max_tiles = if W::IS_WIDE { 3 } else { 1 };
         self.kv.dtype() == KvDtype::F16 && self.num_queries() <= max_tiles * MAX_QUERIES
     }
 
@@ -196,31 +190,31 @@ impl Unit<'_> {
 
     /// Scores of the partition at `start`: `scores[query][position - start]`, computed in tiles of `V` blocks at most.
     #[inline(always)]
-    fn score<const V: usize>(&self, start: usize, scratch: &mut Scratch<'_>, widen: impl Widen) {
+    fn score<const V: usize, W: Widen>(&self, start: usize, scratch: &mut Scratch<'_>, widen: W) {
         let blocks = self.visible_blocks(start);
         let mut first = blocks.start;
         while first < blocks.end {
             // A narrower tile where the wider would be half empty.
             first = match (V, blocks.end - first) {
-                (WIDE, 4..) => self.score_tile::<WIDE>(first, &blocks, start, scratch, widen),
-                (WIDE, 2..) => self.score_tile::<2>(first, &blocks, start, scratch, widen),
-                _ => self.score_tile::<1>(first, &blocks, start, scratch, widen),
+                (WIDE, 4..) => self.score_tile::<WIDE, W>(first, &blocks, start, scratch, widen),
+                (WIDE, 2..) => self.score_tile::<2, W>(first, &blocks, start, scratch, widen),
+                _ => self.score_tile::<1, W>(first, &blocks, start, scratch, widen),
             };
         }
     }
 
     /// The tile that begins with block `first`; returns its end.
     #[inline(always)]
-    fn score_tile<const V: usize>(
+    fn score_tile<const V: usize, W: Widen>(
         &self,
         first: usize,
         blocks: &Range<usize>,
         start: usize,
         scratch: &mut Scratch<'_>,
-        widen: impl Widen,
+        widen: W,
     ) -> usize {
         let indices: [usize; V] = std::array::from_fn(|v| first + v);
-        if self.multiplies_halves() {
+        if self.multiplies_halves::<W>() {
             let keys = indices.map(|index| halves(self.keys(index)));
             // Where nothing follows, what is there already.
             let ahead = indices.map(|index| halves(self.ahead_of_keys(index, blocks).unwrap_or(self.keys(index))));
@@ -292,11 +286,11 @@ impl Unit<'_> {
 
     /// `partial[query] = sum of weight * V` over the partition's visible positions, computed in tiles of `V` vectors.
     #[inline(always)]
-    fn weigh<const V: usize>(&self, start: usize, scratch: &mut Scratch<'_>, widen: impl Widen) {
+    fn weigh<const V: usize, W: Widen>(&self, start: usize, scratch: &mut Scratch<'_>, widen: W) {
         let stride = padded(self.head_dim);
         let blocks = self.visible_blocks(start);
         let positions = |blocks: &Range<usize>| blocks.start * BLOCK_TOKENS..blocks.end * BLOCK_TOKENS;
-        if self.multiplies_halves() {
+        if self.multiplies_halves::<W>() {
             for index in blocks.clone() {
                 let values = self.values(index);
                 let ahead = self.ahead_of_values(index, &blocks).unwrap_or(values);
@@ -335,6 +329,9 @@ impl Unit<'_> {
         for column in (0..whole_tiles).step_by(V * LANES) {
             self.weigh_columns::<V>(&positions, start, column, values, weights, partial);
         }
+        if V == 1 {
+            return;
+        }
         for column in (whole_tiles..padded).step_by(LANES) {
             self.weigh_columns::<1>(&positions, start, column, values, weights, partial);
         }
@@ -361,12 +358,14 @@ impl Unit<'_> {
             }
             let [num_shared, num_seen] =
                 [query, queries.end - 1].map(|query| self.num_visible(query, positions.start).min(positions.len()));
-            // What all of them see, then what only the later ones do.
+            // What all of them see, then position by position what only the later ones do.
             let offset = positions.start - start;
-            self.add_values::<V>(queries.clone(), offset, 0..num_shared, column, values, weights, partial);
-            for position in num_shared..num_seen {
-                let later = self.queries_from(positions.start + position).start..queries.end;
-                self.add_values::<V>(later, offset, position..position + 1, column, values, weights, partial);
+            let mut seen = 0..num_shared;
+            while seen.start < num_seen {
+                let first = self.queries_from(positions.start + seen.start).start.max(queries.start);
+                let next = seen.end..seen.end + 1;
+                self.add_values::<V>(first..queries.end, offset, seen, column, values, weights, partial);
+                seen = next;
             }
         }
     }
@@ -453,18 +452,22 @@ fn halves(tile: KvTile<'_>) -> &[[[u8; 2]; RUN]] {
 }
 
 /// Scores of the partition at `start`.
-struct Score<'a, 's, const V: usize> {
+struct Score<'a, 's> {
     unit: &'a Unit<'a>,
     start: usize,
     scratch: &'a mut Scratch<'s>,
 }
 
-impl<const V: usize> WideningOp for Score<'_, '_, V> {
+impl WideningOp for Score<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self, widen: impl Widen) {
-        self.unit.score::<V>(self.start, self.scratch, widen);
+    fn call<W: Widen>(self, widen: W) {
+        if W::IS_WIDE {
+            self.unit.score::<WIDE, W>(self.start, self.scratch, widen);
+        } else {
+            self.unit.score::<1, W>(self.start, self.scratch, widen);
+        }
     }
 }
 
@@ -485,18 +488,22 @@ impl FloatOp for Softmax<'_, '_> {
 }
 
 /// Its weighted values.
-struct Weigh<'a, 's, const V: usize> {
+struct Weigh<'a, 's> {
     unit: &'a Unit<'a>,
     start: usize,
     scratch: &'a mut Scratch<'s>,
 }
 
-impl<const V: usize> WideningOp for Weigh<'_, '_, V> {
+impl WideningOp for Weigh<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self, widen: impl Widen) {
-        self.unit.weigh::<V>(self.start, self.scratch, widen);
+    fn call<W: Widen>(self, widen: W) {
+        if W::IS_WIDE {
+            self.unit.weigh::<WIDE, W>(self.start, self.scratch, widen);
+        } else {
+            self.unit.weigh::<1, W>(self.start, self.scratch, widen);
+        }
     }
 }
 
