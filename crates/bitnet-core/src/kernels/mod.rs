@@ -7,6 +7,7 @@
 pub mod aligned;
 pub mod arena;
 mod autotune;
+mod interleave;
 mod isa;
 pub mod limits;
 pub mod math;
@@ -24,6 +25,7 @@ mod x86_64;
 use std::{ops::Range, sync::LazyLock};
 
 pub use autotune::autotune;
+pub use interleave::interleave;
 pub use isa::{FloatOp, Isa, RUN, Widen, WideningOp};
 use packing::{PackedLayout, PackedRows, ROW_TILE};
 use screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations};
@@ -79,6 +81,12 @@ pub trait TernaryKernel: Send + Sync + 'static {
         } else {
             self.gemm(w, x, out, output);
         }
+    }
+
+    /// Tokens of a block of activations that [`Self::gemm`] multiplies at once, and takes
+    /// [in blocks](QuantizedActivations::blocks) rather than make a copy for each worker. 1 when it takes rows.
+    fn block_tokens(&self, _layout: PackedLayout, _num_tokens: usize) -> usize {
+        1
     }
 
     /// The bits of a screen's activations that are the fastest for so many tokens.

@@ -91,7 +91,7 @@ impl Case {
     /// Compares every kernel with the definition: the batched product, and each token alone.
     fn check(&self, label: &str) {
         let mut pool = WorkerPool::new(1);
-        let buffer = self.quantize();
+        let mut buffer = self.quantize();
         let expected = self.expected(&buffer);
         for (kernel, layout) in combinations() {
             let packed = self.pack(layout, &mut pool);
@@ -103,6 +103,7 @@ impl Case {
             let mut sums: Vec<_> = (0..out.len()).map(|index| index as f32 * 0.37).collect();
             let sum = |(term, expected): (&f32, &u32)| (term + f32::from_bits(*expected)).to_bits();
             let expected_sums: Vec<_> = sums.iter().zip(&expected).map(sum).collect();
+            let x = in_blocks(&mut buffer, kernel, layout, self.num_tokens(), self.cols);
             kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut sums, self.rows), Output::Add);
             assert_eq!(bits(&sums), expected_sums, "{name} gemm that adds {label}");
             for token in 0..self.num_tokens().min(2) {
@@ -117,6 +118,22 @@ impl Case {
 }
 
 const SCALE: f32 = 0.812_5;
+
+/// The first `num_tokens` rows as the model hands them over.
+fn in_blocks<'a>(
+    buffer: &'a mut ActivationBuffer,
+    kernel: &dyn TernaryKernel,
+    layout: PackedLayout,
+    num_tokens: usize,
+    cols: usize,
+) -> QuantizedActivations<'a> {
+    let block_tokens = kernel.block_tokens(layout, num_tokens);
+    let x = buffer.view_in_blocks(num_tokens, cols, block_tokens, |x, blocks| {
+        interleave(block_tokens, x.codes(0).len(), |row| x.codes(row), blocks);
+    });
+    assert!(x.blocks(block_tokens).is_some() && x.blocks(block_tokens + 1).is_none());
+    x
+}
 
 /// Every kernel, also as it is on CPUs that have less, with every layout it can read.
 fn combinations() -> impl Iterator<Item = (&'static dyn TernaryKernel, PackedLayout)> {
@@ -190,9 +207,12 @@ fn what_was_kept_of_other_activations_is_never_used() {
     let mut buffer = first.quantize();
     for (kernel, layout) in combinations() {
         let packed = first.pack(layout, &mut WorkerPool::new(1));
-        let product = |buffer: &ActivationBuffer, num_tokens| {
+        let product = |buffer: &mut ActivationBuffer, num_tokens, is_in_blocks| {
             let mut out = vec![f32::NAN; num_tokens * 64];
-            let x = buffer.view(num_tokens, 300);
+            let x = match is_in_blocks {
+                true => in_blocks(buffer, kernel, layout, num_tokens, 300),
+                false => buffer.view(num_tokens, 300),
+            };
             kernel.gemm(&packed.slice(0..64), &x, &mut ColumnsMut::new(&mut out, 64), Output::Replace);
             bits(&out)
         };
@@ -200,8 +220,10 @@ fn what_was_kept_of_other_activations_is_never_used() {
         for case in [&first, &second] {
             (0..14).for_each(|token| buffer.quantize_row(token, &case.x[token * 300..][..300]));
             let expected = case.expected(&buffer);
-            for num_tokens in [14, 2, 14, 7] {
-                assert_eq!(product(&buffer, num_tokens), expected[..num_tokens * 64], "{}", kernel.name());
+            for (num_tokens, is_in_blocks) in [(14, false), (2, true), (14, false), (7, false), (14, true), (7, false)]
+            {
+                let product = product(&mut buffer, num_tokens, is_in_blocks);
+                assert_eq!(product, expected[..num_tokens * 64], "{}", kernel.name());
             }
         }
     }

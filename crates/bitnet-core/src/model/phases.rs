@@ -4,8 +4,9 @@
 use std::ops::Range;
 
 use crate::{
-    kernels::{Isa, TernaryKernel},
-    threads::WorkerPool,
+    kernels::{Isa, TernaryKernel, interleave, packing::PackedTernary},
+    quant::activation::{ActivationBuffer, QuantizedActivations},
+    threads::{SharedRows, WorkerPool},
 };
 
 /// Rows of a step below which element-wise work stays on the calling thread: a few microseconds of work at most.
@@ -31,5 +32,24 @@ impl Phases<'_> {
         } else {
             self.pool.run(&|worker| work(worker.share(num_rows, 1)));
         }
+    }
+
+    /// What was quantized for `w`, as this step's products take it: in blocks, each made by one worker for all, or by the products
+    /// themselves where there is but one, which is sooner done than handed over.
+    pub(super) fn inputs<'x>(&mut self, w: &PackedTernary, x: &'x mut ActivationBuffer) -> QuantizedActivations<'x> {
+        let num_rows = self.num_rows;
+        let block_tokens = self.kernel.block_tokens(w.layout(), num_rows);
+        if block_tokens == 1 || num_rows <= block_tokens {
+            return x.view(num_rows, w.cols());
+        }
+        x.view_in_blocks(num_rows, w.cols(), block_tokens, |x, blocks| {
+            let cols = x.codes(0).len();
+            let blocks = SharedRows::new(blocks, cols);
+            self.pool.run_chunks(num_rows.div_ceil(block_tokens), 1, &|chunk| {
+                let first = chunk.start * block_tokens;
+                let out = blocks.claim(first..num_rows.min(chunk.end * block_tokens));
+                interleave(block_tokens, cols, |row| x.codes(first + row), out);
+            });
+        })
     }
 }

@@ -24,6 +24,8 @@ pub struct QuantizedActivations<'a> {
     scales: &'a [f32],
     sums: &'a [i32],
     version: Version,
+    /// All codes once more, and the tokens of a block.
+    blocks: Option<(&'a [i8], usize)>,
 }
 
 /// What a buffer holds: a number that no buffer had before, after every change.
@@ -56,13 +58,19 @@ impl<'a> QuantizedActivations<'a> {
 
     /// The codes of row `token`: [`Self::cols`] of them and then zeros, a multiple of [`COLUMN_PADDING`] in all.
     pub fn codes(&self, token: usize) -> &'a [i8] {
-        &self.codes[token * self.stride..][..self.cols.next_multiple_of(COLUMN_PADDING)]
+        &self.codes[token * self.stride..][..padded(self.cols)]
     }
 
     /// Row `token` alone.
     pub fn token(&self, token: usize) -> Self {
         let (codes, token) = (&self.codes[token * self.stride..][..self.stride], token..token + 1);
-        Self { codes, scales: &self.scales[token.clone()], sums: &self.sums[token], ..*self }
+        Self { codes, scales: &self.scales[token.clone()], sums: &self.sums[token], blocks: None, ..*self }
+    }
+
+    /// All codes in blocks of `block_tokens` rows, of which the last may have fewer, if they were put so before:
+    /// `[blocks][columns / 4, block_tokens, 4]`, with as many columns as [`Self::codes`].
+    pub fn blocks(&self, block_tokens: usize) -> Option<&'a [i8]> {
+        self.blocks.and_then(|(codes, of)| (of == block_tokens).then_some(codes))
     }
 
     /// `s` of each token; NaN when the row was not finite, so that every output of the row is NaN.
@@ -85,6 +93,8 @@ pub struct ActivationBuffer {
     scales: Vec<f32>,
     sums: Vec<i32>,
     version: Version,
+    /// The codes once more, where a step has many: see [`QuantizedActivations::blocks`].
+    blocks: Vec<i8>,
 }
 
 impl ActivationBuffer {
@@ -96,12 +106,13 @@ impl ActivationBuffer {
             stride += 64;
         }
         let (codes, scales, sums) = (vec![0; max_tokens * stride], vec![0.0; max_tokens], vec![0; max_tokens]);
-        Self { codes, stride, scales, sums, version: Version::new() }
+        let blocks = vec![0; codes.len()];
+        Self { codes, stride, scales, sums, version: Version::new(), blocks }
     }
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.codes.len() + 4 * (self.scales.len() + self.sums.len())
+        self.codes.len() + self.blocks.len() + 4 * (self.scales.len() + self.sums.len())
     }
 
     /// Quantizes `values` into row `token`.
@@ -142,7 +153,27 @@ impl ActivationBuffer {
             scales: &self.scales[..num_tokens],
             sums: &self.sums[..num_tokens],
             version: self.version,
+            blocks: None,
         }
+    }
+
+    /// [`Self::view`] with its codes in blocks of `block_tokens` rows too, which `fill` writes: it gets the rows, and memory for
+    /// as many.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn view_in_blocks(
+        &mut self,
+        num_tokens: usize,
+        cols: usize,
+        block_tokens: usize,
+        fill: impl FnOnce(QuantizedActivations<'_>, &mut [i8]),
+    ) -> QuantizedActivations<'_> {
+        let mut blocks = std::mem::take(&mut self.blocks);
+        let len = num_tokens * padded(cols);
+        fill(self.view(num_tokens, cols), &mut blocks[..len]);
+        self.blocks = blocks;
+        QuantizedActivations { blocks: Some((&self.blocks[..len], block_tokens)), ..self.view(num_tokens, cols) }
     }
 }
 
@@ -191,10 +222,15 @@ impl ActivationRows<'_> {
     }
 }
 
+/// Codes of a row of `cols` values and the zeros behind them.
+fn padded(cols: usize) -> usize {
+    cols.next_multiple_of(COLUMN_PADDING)
+}
+
 /// Writes the codes of `values` and the zeros behind them; returns `s` and the sum of the codes.
 #[inline(always)]
 fn quantize(values: &[f32], codes: &mut [i8]) -> (f32, i32) {
-    let (codes, padding) = codes[..values.len().next_multiple_of(COLUMN_PADDING)].split_at_mut(values.len());
+    let (codes, padding) = codes[..padded(values.len())].split_at_mut(values.len());
     padding.fill(0);
     let absmax = absmax(values);
     if !absmax.is_finite() {

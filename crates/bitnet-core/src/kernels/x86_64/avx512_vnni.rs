@@ -18,7 +18,7 @@ use std::{
 use super::{
     PanelSums,
     ahead::{Ahead, Lines, RUNS},
-    avx512_sparse, avx512_vbmi, by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    avx512_sparse, avx512_vbmi, by_tokens, equal_blocks, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
 };
 use crate::{
     kernels::{
@@ -139,6 +139,10 @@ impl TernaryKernel for Avx512Vnni {
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
+    }
+
+    fn block_tokens(&self, _: PackedLayout, num_tokens: usize) -> usize {
+        equal_blocks(num_tokens, BLOCK)
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {

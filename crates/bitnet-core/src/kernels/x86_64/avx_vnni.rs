@@ -6,7 +6,7 @@ use std::arch::x86_64::{_mm256_add_epi32, _mm256_dpbusd_avx_epi32, _mm256_set1_e
 use super::{
     PanelSums,
     ahead::Ahead,
-    by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    by_tokens, equal_blocks, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
     tiles_256::{broadcast, load, lowest_codes, prefetch_quarters, shift_codes, unpack, write_quarters},
 };
 use crate::{
@@ -76,6 +76,10 @@ impl TernaryKernel for AvxVnni {
     fn multiply_registers(&self, rounds: u32) -> u64 {
         // SAFETY: as in `gemv`.
         unsafe { multiply_registers(rounds) }
+    }
+
+    fn block_tokens(&self, _: PackedLayout, num_tokens: usize) -> usize {
+        equal_blocks(num_tokens, if num_tokens < UNPACK_FROM { BLOCK } else { UNPACKED_BLOCK })
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {

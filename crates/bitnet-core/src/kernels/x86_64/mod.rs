@@ -10,12 +10,7 @@ mod avx512_vnni;
 mod avx_vnni;
 mod tiles_256;
 
-use std::{
-    arch::x86_64::{__m128i, _mm_unpackhi_epi32, _mm_unpackhi_epi64, _mm_unpacklo_epi32, _mm_unpacklo_epi64},
-    cell::Cell,
-    mem::transmute,
-    ops::RangeInclusive,
-};
+use std::{cell::Cell, ops::RangeInclusive};
 
 use ahead::Ahead;
 
@@ -23,6 +18,7 @@ use super::{
     Output, TernaryKernel,
     aligned::AlignedVec,
     epilogue,
+    interleave::interleave,
     packing::{PackedRows, ROW_TILE, TILE_BYTES, rows_of_tiles},
     prefetch_all,
     screen::{ScreenRows, ScreensMut, SplitActivations},
@@ -118,7 +114,7 @@ type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8], Ahead, &[i8], &mut [PanelSums]);
 /// block. With `unpack`, which takes the first block, it gets unpacked panels.
 ///
 /// ```text
-/// interleave all tokens, once for all panels
+/// interleave all tokens, once for all panels, where the caller has not done it for all workers
 /// for panel of 32 rows:                     read from memory once
 ///     for block of tokens:                  the panel, unpacked by the first, stays in the second-level cache
 /// ```
@@ -131,22 +127,22 @@ fn gemm_by_blocks(
     unpack: Option<Unpack<'_>>,
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
-    let cols = w.cols().next_multiple_of(w.layout().column_tile());
-    let num_tokens = x.num_tokens();
+    let (num_tokens, width) = (x.num_tokens(), x.codes(0).len());
+    let unpacked_len = ROW_TILE * w.cols().next_multiple_of(w.layout().column_tile());
     let block_tokens = equal_blocks(num_tokens, block);
     let num_blocks = num_tokens.div_ceil(block_tokens);
     let asks = w.asks_ahead(num_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];
     let mut scratch = SCRATCH.take();
     let Scratch { interleaved, unpacked } = &mut scratch;
-    let of = (x.version(), num_tokens, block_tokens, cols);
-    let interleaved = interleaved.get(of, |token| x.codes(token), None);
+    let of = (x.version(), num_tokens, block_tokens, width);
+    let interleaved = x.blocks(block_tokens).unwrap_or_else(|| interleaved.get(of, |token| x.codes(token), None));
     for (panel_index, panel) in w.panels().enumerate() {
         let rows = rows_of_tiles(panel_index..panel_index + 1, w.rows());
         let mut codes = panel;
         let ahead = Ahead::of(panel, asks);
-        for (index, block) in interleaved.chunks(block_tokens * cols).enumerate() {
-            let sums = &mut sums[..block.len() / cols];
+        for (index, block) in interleaved.chunks(block_tokens * width).enumerate() {
+            let sums = &mut sums[..block.len() / width];
             let ahead = ahead.part(index, num_blocks);
             if output == Output::Add {
                 // They are a row of a large matrix apart.
@@ -156,7 +152,7 @@ fn gemm_by_blocks(
             }
             match unpack {
                 Some(unpack) if index == 0 => {
-                    let unpacked = unpacked.at_least(ROW_TILE * cols);
+                    let unpacked = unpacked.at_least(unpacked_len);
                     unpack(panel, unpacked, ahead, block, sums);
                     codes = unpacked;
                 }
@@ -237,62 +233,6 @@ impl Interleaved {
             self.of = of;
         }
         &self.codes[..num_rows * cols]
-    }
-}
-
-#[inline(always)]
-fn interleave<'a>(block_rows: usize, cols: usize, codes: impl Fn(usize) -> &'a [i8], interleaved: &mut [i8]) {
-    for (block, first) in interleaved.chunks_mut(block_rows * cols).zip((0..).step_by(block_rows)) {
-        let rows = block.len() / cols;
-        let words = block.as_chunks_mut::<4>().0;
-        for row in (0..rows).step_by(4) {
-            let row_words = |i: usize| codes(first + row + i)[..cols].as_chunks::<4>().0;
-            if rows - row >= 4 {
-                interleave_four([row_words(0), row_words(1), row_words(2), row_words(3)], row, rows, words);
-            } else {
-                for i in 0..rows - row {
-                    for (column, word) in row_words(i).iter().enumerate() {
-                        words[column * rows + row + i] = *word;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// `words[column][row + i] = codes[i][column]`
-#[inline(always)]
-fn interleave_four(codes: [&[[i8; 4]]; 4], row: usize, block_rows: usize, words: &mut [[i8; 4]]) {
-    let mut columns = words.chunks_exact_mut(block_rows);
-    let [a, b, c, d] = codes;
-    let fours = a.as_chunks().0.iter().zip(b.as_chunks().0).zip(c.as_chunks().0.iter().zip(d.as_chunks().0));
-    for ((a, b), (c, d)) in fours {
-        for (words, column) in transpose([a, b, c, d]).iter().zip(&mut columns) {
-            column[row..][..4].copy_from_slice(words);
-        }
-    }
-    for (column, index) in columns.zip(a.len() / 4 * 4..) {
-        for (word, codes) in column[row..].iter_mut().zip(codes) {
-            *word = codes[index];
-        }
-    }
-}
-
-/// `[column][row]` of four words of each of four rows.
-#[inline(always)]
-#[allow(unsafe_code)]
-fn transpose([a, b, c, d]: [&[[i8; 4]; 4]; 4]) -> [[[i8; 4]; 4]; 4] {
-    // SAFETY: 16 bytes are a vector and a vector is 16 bytes, whatever their bits; SSE2 is part of x86-64.
-    unsafe {
-        let [a, b, c, d] = transmute::<[[[i8; 4]; 4]; 4], [__m128i; 4]>([*a, *b, *c, *d]);
-        let [ab_low, ab_high] = [_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)];
-        let [cd_low, cd_high] = [_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d)];
-        transmute::<[__m128i; 4], [[[i8; 4]; 4]; 4]>([
-            _mm_unpacklo_epi64(ab_low, cd_low),
-            _mm_unpackhi_epi64(ab_low, cd_low),
-            _mm_unpacklo_epi64(ab_high, cd_high),
-            _mm_unpackhi_epi64(ab_high, cd_high),
-        ])
     }
 }
 
