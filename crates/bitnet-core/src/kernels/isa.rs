@@ -47,7 +47,7 @@ pub trait WideningOp {
     fn call<W: Widen>(self, widen: W) -> Self::Output;
 }
 
-/// An instruction set's way to the values of half-precision bits.
+/// An instruction set to what is compiled for it: its registers, and its way to the values of half-precision bits.
 pub trait Widen: Copy {
     /// Whether there are 32 registers of 16 floats, rather than 16 of at most 8: how large tiles of sums may be. A constant, so
     /// that what is for others is not compiled.

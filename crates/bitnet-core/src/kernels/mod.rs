@@ -83,9 +83,9 @@ pub trait TernaryKernel: Send + Sync + 'static {
         }
     }
 
-    /// Tokens of a block of activations that [`Self::gemm`] multiplies at once, and takes
-    /// [in blocks](QuantizedActivations::blocks) rather than make a copy for each worker. 1 when it takes rows.
-    fn block_tokens(&self, _layout: PackedLayout, _num_tokens: usize) -> usize {
+    /// How many of `num_tokens` [`Self::gemm`] multiplies at once, and takes [in blocks](QuantizedActivations::blocks) if it can,
+    /// rather than make blocks of its own. 1 when it takes rows.
+    fn block_tokens(&self, _num_tokens: usize) -> usize {
         1
     }
 

@@ -197,11 +197,6 @@ impl PackedTernary {
         panel.as_chunks::<4>().0[row % ROW_TILE..].iter().step_by(ROW_TILE).all(|word| *word == zeros)
     }
 
-    /// The arrangement of the codes.
-    pub fn layout(&self) -> PackedLayout {
-        self.layout
-    }
-
     /// The rows `rows`, for one worker.
     ///
     /// # Panics

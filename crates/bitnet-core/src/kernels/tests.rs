@@ -103,7 +103,7 @@ impl Case {
             let mut sums: Vec<_> = (0..out.len()).map(|index| index as f32 * 0.37).collect();
             let sum = |(term, expected): (&f32, &u32)| (term + f32::from_bits(*expected)).to_bits();
             let expected_sums: Vec<_> = sums.iter().zip(&expected).map(sum).collect();
-            let x = in_blocks(&mut buffer, kernel, layout, self.num_tokens(), self.cols);
+            let x = in_blocks(&mut buffer, kernel, self.num_tokens(), self.cols);
             kernel.gemm(&packed.slice(0..self.rows), &x, &mut ColumnsMut::new(&mut sums, self.rows), Output::Add);
             assert_eq!(bits(&sums), expected_sums, "{name} gemm that adds {label}");
             for token in 0..self.num_tokens().min(2) {
@@ -123,11 +123,10 @@ const SCALE: f32 = 0.812_5;
 fn in_blocks<'a>(
     buffer: &'a mut ActivationBuffer,
     kernel: &dyn TernaryKernel,
-    layout: PackedLayout,
     num_tokens: usize,
     cols: usize,
 ) -> QuantizedActivations<'a> {
-    let block_tokens = kernel.block_tokens(layout, num_tokens);
+    let block_tokens = kernel.block_tokens(num_tokens);
     let x = buffer.view_in_blocks(num_tokens, cols, block_tokens, |x, blocks| {
         interleave(block_tokens, x.codes(0).len(), |row| x.codes(row), blocks);
     });
@@ -210,7 +209,7 @@ fn what_was_kept_of_other_activations_is_never_used() {
         let product = |buffer: &mut ActivationBuffer, num_tokens, is_in_blocks| {
             let mut out = vec![f32::NAN; num_tokens * 64];
             let x = match is_in_blocks {
-                true => in_blocks(buffer, kernel, layout, num_tokens, 300),
+                true => in_blocks(buffer, kernel, num_tokens, 300),
                 false => buffer.view(num_tokens, 300),
             };
             kernel.gemm(&packed.slice(0..64), &x, &mut ColumnsMut::new(&mut out, 64), Output::Replace);

@@ -136,7 +136,7 @@ impl Model {
             }
             // x += o(sub_norm(attention(rope(q(n)), rope(k(n)), v(n)))), n = norm(x)
             normalize(phases, norm(&layer.attn_norm), x, normed, is_traced, quantized);
-            let n = phases.inputs(&layer.q, quantized);
+            let n = phases.inputs(quantized, hidden_size);
             project(phases, n, [(&layer.q, &mut *q), (&layer.k, &mut *k), (&layer.v, &mut *v)]);
             trace(TracePoint::AttnNorm, index, normed);
             trace(TracePoint::Query, index, q);
@@ -146,7 +146,7 @@ impl Model {
             attention::store(phases, kv, index, batch.rows(), k, v);
             attention::attend(phases, kv, index, batch, q, attended, scratch, partials);
             normalize_in_place(phases, layer.attn_sub_norm.as_deref().map(norm), attended, quantized);
-            let n = phases.inputs(&layer.o, quantized);
+            let n = phases.inputs(quantized, layer.o.cols());
             project_and_add(phases, n, &layer.o, Residual { x, term: projected, is_traced });
             if layer.attn_sub_norm.is_some() {
                 trace(TracePoint::AttnSubNorm, index, attended);
@@ -158,13 +158,13 @@ impl Model {
             let channels_kept = layer.gate.rows();
             let (gate, up) = (&mut gate[..num_rows * channels_kept], &mut up[..num_rows * channels_kept]);
             let sub_norm = layer.ffn_sub_norm.as_deref().map(|w| RmsNorm { count: intermediate_size, ..norm(w) });
-            let n = phases.inputs(&layer.gate, quantized);
+            let n = phases.inputs(quantized, hidden_size);
             sparse::gate_and_up(phases, n, layer, self.sparse_limits, (&mut *gate, &mut *up), channels);
             trace(TracePoint::FfnNorm, index, normed);
             trace(TracePoint::Gate, index, gate);
             trace(TracePoint::Up, index, up);
             activate(phases, self.config.activation, sub_norm, gate, up, quantized);
-            let n = phases.inputs(&layer.down, quantized);
+            let n = phases.inputs(quantized, channels_kept);
             let residual = Residual { x, term: projected, is_traced };
             sparse::down_and_add(phases, n, layer, self.sparse_limits, residual, channels);
             if layer.ffn_sub_norm.is_some() {

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::{
-    kernels::{Isa, TernaryKernel, interleave, packing::PackedTernary},
+    kernels::{Isa, TernaryKernel, interleave},
     quant::activation::{ActivationBuffer, QuantizedActivations},
     threads::{SharedRows, WorkerPool},
 };
@@ -34,15 +34,15 @@ impl Phases<'_> {
         }
     }
 
-    /// What was quantized for `w`, as this step's products take it: in blocks, each made by one worker for all, or by the products
-    /// themselves where there is but one, which is sooner done than handed over.
-    pub(super) fn inputs<'x>(&mut self, w: &PackedTernary, x: &'x mut ActivationBuffer) -> QuantizedActivations<'x> {
+    /// The rows of the step, quantized from `cols` values each, as its products take them: in blocks, each made by one worker for
+    /// all, or by the products themselves where there is but one, which is sooner done than handed over.
+    pub(super) fn inputs<'x>(&mut self, x: &'x mut ActivationBuffer, cols: usize) -> QuantizedActivations<'x> {
         let num_rows = self.num_rows;
-        let block_tokens = self.kernel.block_tokens(w.layout(), num_rows);
+        let block_tokens = self.kernel.block_tokens(num_rows);
         if block_tokens == 1 || num_rows <= block_tokens {
-            return x.view(num_rows, w.cols());
+            return x.view(num_rows, cols);
         }
-        x.view_in_blocks(num_rows, w.cols(), block_tokens, |x, blocks| {
+        x.view_in_blocks(num_rows, cols, block_tokens, |x, blocks| {
             let cols = x.codes(0).len();
             let blocks = SharedRows::new(blocks, cols);
             self.pool.run_chunks(num_rows.div_ceil(block_tokens), 1, &|chunk| {

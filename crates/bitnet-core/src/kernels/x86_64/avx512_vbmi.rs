@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 use super::{
     PanelSums,
     ahead::Ahead,
-    avx512_vnni::{BLOCK, load, load_tile, multiply_step, multiply_unpacked, store_bytes, write_sums},
+    avx512_vnni::{BLOCK, block_tokens, load, load_tile, multiply_step, multiply_unpacked, store_bytes, write_sums},
     by_tokens, gemm_by_blocks, gemv_by_panels, num_tiles,
 };
 use crate::{
@@ -40,13 +40,14 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
     let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
         by_tokens!(sums.len(), [5 6 7 8 9 10 11 12], panel_gemm_and_unpack::<N>(panel, unpacked, ahead, block, sums));
     };
+    let block_tokens = block_tokens(x.num_tokens());
     if x.num_tokens() <= BLOCK {
-        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
             1..=4 => by_tokens!(sums.len(), [1 2 3 4], panel_gemm::<N>(panel, ahead, block, sums)),
             _ => unpack(panel, UnpackedTile([0; 5 * TILE_BYTES]).0.as_mut_slice(), ahead, block, sums),
         });
     } else {
-        gemm_by_blocks(w, x, (out, output), BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), block_tokens, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
     }

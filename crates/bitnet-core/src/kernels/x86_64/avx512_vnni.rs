@@ -141,8 +141,8 @@ impl TernaryKernel for Avx512Vnni {
         unsafe { multiply_registers(rounds) }
     }
 
-    fn block_tokens(&self, _: PackedLayout, num_tokens: usize) -> usize {
-        equal_blocks(num_tokens, BLOCK)
+    fn block_tokens(&self, num_tokens: usize) -> usize {
+        block_tokens(num_tokens)
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
@@ -166,6 +166,11 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, _>(ShiftAndMask, panel, ahead, codes, sums));
 }
 
+/// With either layout.
+pub(super) fn block_tokens(num_tokens: usize) -> usize {
+    equal_blocks(num_tokens, BLOCK)
+}
+
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm(
     decode: impl Decode,
@@ -174,8 +179,9 @@ fn gemm(
     out: &mut ColumnsMut<'_>,
     output: Output,
 ) {
+    let block_tokens = block_tokens(x.num_tokens());
     if x.num_tokens() <= BLOCK {
-        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| {
             by_tokens!(sums.len(), [1 2 3 4 5 6 7 8 9 10 11 12], panel_gemm::<N, _>(decode, panel, ahead, block, sums));
         });
     } else {
@@ -187,7 +193,7 @@ fn gemm(
                 panel_gemm_and_unpack::<N, _>(decode, panel, unpacked, ahead, block, sums)
             );
         };
-        gemm_by_blocks(w, x, (out, output), BLOCK, Some(&unpack), |panel, ahead, block, sums| {
+        gemm_by_blocks(w, x, (out, output), block_tokens, Some(&unpack), |panel, ahead, block, sums| {
             multiply_unpacked(panel, ahead, block, sums);
         });
     }

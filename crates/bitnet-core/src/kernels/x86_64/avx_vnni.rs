@@ -78,8 +78,8 @@ impl TernaryKernel for AvxVnni {
         unsafe { multiply_registers(rounds) }
     }
 
-    fn block_tokens(&self, _: PackedLayout, num_tokens: usize) -> usize {
-        equal_blocks(num_tokens, if num_tokens < UNPACK_FROM { BLOCK } else { UNPACKED_BLOCK })
+    fn block_tokens(&self, num_tokens: usize) -> usize {
+        block_tokens(num_tokens)
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
@@ -95,10 +95,15 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, 4>(panel, ahead, codes, sums));
 }
 
+fn block_tokens(num_tokens: usize) -> usize {
+    equal_blocks(num_tokens, if num_tokens < UNPACK_FROM { BLOCK } else { UNPACKED_BLOCK })
+}
+
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
+    let block_tokens = block_tokens(x.num_tokens());
     if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, (out, output), BLOCK, None, |panel, ahead, block, sums| match sums.len() {
+        gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
             1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
             2 => panel_gemm::<2, 4>(panel, ahead, block, sums),
             3 => panel_gemm::<3, 2>(panel, ahead, block, sums),
@@ -112,7 +117,7 @@ fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'
             unpack(panel, unpacked);
             multiply(unpacked, ahead, block, sums);
         };
-        gemm_by_blocks(w, x, (out, output), UNPACKED_BLOCK, Some(&unpack), multiply);
+        gemm_by_blocks(w, x, (out, output), block_tokens, Some(&unpack), multiply);
     }
 }
 

@@ -110,7 +110,7 @@ fn gemv_by_panels(
 /// `[columns / 4, 32 rows, 4]` codes {0, 1, 2}.
 type Unpack<'f> = &'f dyn Fn(&[u8], &mut [u8], Ahead, &[i8], &mut [PanelSums]);
 
-/// The product of many tokens, in blocks of at most `block`. `multiply(panel, ahead, block, sums)` sets the sums of one panel and
+/// The product of many tokens, in blocks of `block_tokens`. `multiply(panel, ahead, block, sums)` sets the sums of one panel and
 /// block. With `unpack`, which takes the first block, it gets unpacked panels.
 ///
 /// ```text
@@ -123,13 +123,12 @@ fn gemm_by_blocks(
     w: &PackedRows<'_>,
     x: &QuantizedActivations<'_>,
     (out, output): (&mut ColumnsMut<'_>, Output),
-    block: usize,
+    block_tokens: usize,
     unpack: Option<Unpack<'_>>,
     multiply: impl Fn(&[u8], Ahead, &[i8], &mut [PanelSums]),
 ) {
     let (num_tokens, width) = (x.num_tokens(), x.codes(0).len());
     let unpacked_len = ROW_TILE * w.cols().next_multiple_of(w.layout().column_tile());
-    let block_tokens = equal_blocks(num_tokens, block);
     let num_blocks = num_tokens.div_ceil(block_tokens);
     let asks = w.asks_ahead(num_tokens);
     let mut sums = [[0; ROW_TILE]; MAX_BLOCK];

@@ -329,11 +329,10 @@ impl Unit<'_> {
         for column in (0..whole_tiles).step_by(V * LANES) {
             self.weigh_columns::<V>(&positions, start, column, values, weights, partial);
         }
-        if V == 1 {
-            return;
-        }
-        for column in (whole_tiles..padded).step_by(LANES) {
-            self.weigh_columns::<1>(&positions, start, column, values, weights, partial);
+        if V > 1 {
+            for column in (whole_tiles..padded).step_by(LANES) {
+                self.weigh_columns::<1>(&positions, start, column, values, weights, partial);
+            }
         }
     }
 
