@@ -1,10 +1,13 @@
 //! The command line: exit codes, one-line errors, `inspect`, `run`, the first run without a model.
 
-use std::{fs, process::Output};
+use std::{
+    fs, io,
+    process::{Child, Command, Output, Stdio},
+};
 
 use bitnet_tests::{
     golden,
-    server::{Server, bitnet, scratch},
+    server::{Server, binary, bitnet, scratch},
 };
 use serde_json::{Value, json};
 
@@ -122,6 +125,26 @@ fn bench_prints_one_object_of_the_contract() {
     for row in results {
         assert_eq!(keys(row), [&["phase", "tokens", "batch", "context"][..], &measured].concat());
         assert!(measured.iter().all(|&key| row[key].as_f64().is_some_and(|value| value > 0.0)), "{row}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_had_enough_is_no_failure() {
+    let model = golden::arg("p1_packed");
+    let commands: [&[&str]; 4] = [
+        &["inspect", "-m", &model],
+        &["inspect", "-m", &model, "--json"],
+        &["run", "-m", &model, "-p", "The first", "-n", "4"],
+        &["bench", "-m", &model, "--only", "decode:1"],
+    ];
+    for command in commands {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        drop(reader);
+        let process = Command::new(binary()).args(command).stdout(writer).stderr(Stdio::piped()).spawn();
+        let output = process.and_then(Child::wait_with_output).expect("the binary runs");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{command:?}: {text}");
+        assert!(!text.contains("panicked") && !text.contains("bitnet: "), "{command:?}: {text}");
     }
 }
 

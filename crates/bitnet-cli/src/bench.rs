@@ -19,7 +19,7 @@ use bitnet_server::{
 };
 use serde_json::{Value, json};
 
-use crate::{exit::Failure, model_args::ModelArgs, progress::weights_bar};
+use crate::{exit::Failure, model_args::ModelArgs, output, progress::weights_bar};
 use cases::Case;
 use measure::{Bench, Measured};
 
@@ -64,14 +64,24 @@ pub(crate) fn bench(args: BenchArgs) -> Result<(), Failure> {
     let cases = if args.only.is_empty() { cases::all() } else { args.only };
     let header = Header { name, threads: pool.num_threads(), file_bytes, load_seconds };
     let mut bench = Bench::new(model, kernel, pool, config.kv_dtype, &cases).map_err(Failure::configuration)?;
-    let results: Vec<_> = cases.iter().map(|case| (case, bench.measure(case))).collect();
-    let report = report(&header, bench.model(), &results);
-    if args.json {
-        println!("{report:#}");
-    } else {
-        print_table(&report);
+    if !args.json {
+        print_header(&header, bench.model())?;
     }
-    Ok(())
+    let mut results = Vec::with_capacity(cases.len());
+    for case in &cases {
+        let measured = bench.measure(case);
+        // A whole table takes minutes: each row is printed when it is known.
+        if !args.json {
+            print_row(case, &measured)?;
+        }
+        results.push((case, measured));
+    }
+    let machine = Machine::of(&results);
+    if args.json {
+        output::write_line(format_args!("{:#}", report(&header, bench.model(), &machine, &results)))
+    } else {
+        machine.print()
+    }
 }
 
 fn open(args: &BenchArgs, options: &LoadOptions) -> Result<(String, Checkpoint), Failure> {
@@ -108,16 +118,38 @@ struct Header {
     load_seconds: f64,
 }
 
-/// The median over the cases of a limit: what the machine could do while most of them ran.
-fn median(results: &[(&Case, Measured)], limit: fn(&Limits) -> f64) -> f64 {
-    let mut values: Vec<f64> = results.iter().map(|(_, measured)| limit(&measured.limits)).collect();
-    values.sort_unstable_by(f64::total_cmp);
-    values[values.len() / 2]
+/// What the machine could do while most cases ran: medians over them.
+struct Machine {
+    read_bytes_per_s: f64,
+    int8_macs_per_s: f64,
+}
+
+impl Machine {
+    fn of(results: &[(&Case, Measured)]) -> Self {
+        let median = |limit: fn(&Limits) -> f64| {
+            let mut values: Vec<f64> = results.iter().map(|(_, measured)| limit(&measured.limits)).collect();
+            values.sort_unstable_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        Self {
+            read_bytes_per_s: median(|limits| limits.read_bytes_per_s),
+            int8_macs_per_s: median(|limits| limits.int8_macs_per_s),
+        }
+    }
+
+    fn print(&self) -> Result<(), Failure> {
+        let Self { read_bytes_per_s, int8_macs_per_s } = self;
+        output::write_line(format_args!(
+            "\nthis machine reads {:.1} GB/s and multiplies {:.0} G int8/s",
+            read_bytes_per_s / 1e9,
+            int8_macs_per_s / 1e9,
+        ))
+    }
 }
 
 /// The object of the contract. A share is that of the limit while its case ran, so where the machine's speed changes it is
 /// not exactly the quotient with `machine`'s figures.
-fn report(header: &Header, model: &Model, results: &[(&Case, Measured)]) -> Value {
+fn report(header: &Header, model: &Model, machine: &Machine, results: &[(&Case, Measured)]) -> Value {
     let row = |(case, measured): &(&Case, Measured)| {
         json!({
             "phase": case.phase(),
@@ -135,8 +167,8 @@ fn report(header: &Header, model: &Model, results: &[(&Case, Measured)]) -> Valu
             "threads": header.threads,
             "kernel": model.kernel_name(),
             "packing": model.packing().name(),
-            "read_bytes_per_s": median(results, |limits| limits.read_bytes_per_s),
-            "int8_macs_per_s": median(results, |limits| limits.int8_macs_per_s),
+            "read_bytes_per_s": machine.read_bytes_per_s,
+            "int8_macs_per_s": machine.int8_macs_per_s,
         },
         "model": {
             "name": header.name,
@@ -148,35 +180,26 @@ fn report(header: &Header, model: &Model, results: &[(&Case, Measured)]) -> Valu
     })
 }
 
-fn print_table(report: &Value) {
-    let number = |value: &Value| value.as_f64().unwrap_or_default();
-    let (machine, model) = (&report["machine"], &report["model"]);
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    println!(
-        "{} on {} threads, {}, {}: {:.0} MB in memory, loaded in {:.2} s",
-        text(&model["name"]),
-        machine["threads"],
-        text(&machine["kernel"]),
-        text(&machine["packing"]),
-        number(&model["resident_bytes"]) / 1e6,
-        number(&model["load_seconds"]),
-    );
-    println!(
-        "this machine reads {:.1} GB/s and multiplies {:.0} G int8/s\n",
-        number(&machine["read_bytes_per_s"]) / 1e9,
-        number(&machine["int8_macs_per_s"]) / 1e9,
-    );
-    println!("phase    tokens  batch  context   tokens/s      limit   share");
-    for row in report["results"].as_array().into_iter().flatten() {
-        let (speed, share) = (number(&row["tokens_per_s"]), number(&row["share_of_limit"]));
-        println!(
-            "{:<8} {:>6} {:>6} {:>8} {speed:>10.1} {:>10.1} {:>6.0}%",
-            text(&row["phase"]),
-            row["tokens"].to_string(),
-            row["batch"].to_string(),
-            row["context"].to_string(),
-            speed / share,
-            100.0 * share,
-        );
-    }
+fn print_header(header: &Header, model: &Model) -> Result<(), Failure> {
+    let Header { name, threads, load_seconds, .. } = header;
+    output::write_line(format_args!(
+        "{name} on {threads} threads, {}, {}: {:.0} MB in memory, loaded in {load_seconds:.2} s\n",
+        model.kernel_name(),
+        model.packing().name(),
+        model.weight_bytes().resident as f64 / 1e6,
+    ))?;
+    output::write_line("phase    tokens  batch  context   tokens/s      limit   share")
+}
+
+fn print_row(case: &Case, measured: &Measured) -> Result<(), Failure> {
+    let Measured { tokens_per_s, share_of_limit, .. } = measured;
+    output::write_line(format_args!(
+        "{:<8} {:>6} {:>6} {:>8} {tokens_per_s:>10.1} {:>10.1} {:>6.0}%",
+        case.phase(),
+        case.tokens(),
+        case.batch(),
+        case.context(),
+        tokens_per_s / share_of_limit,
+        100.0 * share_of_limit,
+    ))
 }

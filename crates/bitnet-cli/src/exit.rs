@@ -4,7 +4,7 @@ use std::{fmt, io::Write as _, process::ExitCode};
 
 use bitnet_core::{LoadError, kernels::KernelError};
 
-/// A failure with its exit code.
+/// A failure with its exit code; without one a reason to end.
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
@@ -37,10 +37,22 @@ impl Failure {
         Self::new(78, message)
     }
 
-    /// Says the one line and gives the code.
+    /// 64: no more can be read or written.
+    pub(crate) fn terminal(error: std::io::Error) -> Self {
+        Self::usage(format_args!("the terminal went away: {error}"))
+    }
+
+    /// 0, and not a word: nobody reads any more.
+    pub(crate) fn quiet() -> Self {
+        Self::new(0, "")
+    }
+
+    /// Says the one line, if there is one, and gives the code.
     pub(crate) fn report(&self) -> ExitCode {
-        // A full disk behind stderr must not change the exit code.
-        let _ = writeln!(std::io::stderr(), "bitnet: {}", self.message);
+        if self.code != 0 {
+            // A full disk behind stderr must not change the exit code.
+            let _ = writeln!(std::io::stderr(), "bitnet: {}", self.message);
+        }
         ExitCode::from(self.code)
     }
 

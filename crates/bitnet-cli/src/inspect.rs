@@ -8,7 +8,7 @@ use bitnet_core::{
 };
 use serde_json::{Value, json};
 
-use crate::exit::Failure;
+use crate::{exit::Failure, output};
 
 /// Shows what a model file holds: architecture, geometry, tensors, tokenizer, chat template.
 #[derive(Debug, clap::Args)]
@@ -28,12 +28,7 @@ pub(crate) struct InspectArgs {
 pub(crate) fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let checkpoint = checkpoint::open(&args.model, &checkpoint::LoadOptions::default())?;
     let facts = facts(&checkpoint);
-    if args.json {
-        println!("{facts:#}");
-    } else {
-        print_text(&args.model, &facts);
-    }
-    Ok(())
+    if args.json { output::write_line(format_args!("{facts:#}")) } else { print_text(&args.model, &facts) }
 }
 
 fn facts(checkpoint: &Checkpoint) -> Value {
@@ -93,26 +88,31 @@ fn tokenizer(source: Option<&TokenizerSource>) -> Value {
     }
 }
 
-fn print_text(path: &std::path::Path, facts: &Value) {
-    println!("{}", path.display());
+fn print_text(path: &std::path::Path, facts: &Value) -> Result<(), Failure> {
+    output::write_line(path.display())?;
     for key in ["format", "architecture", "name", "file_bytes", "pooling"] {
-        println!("  {key:<18} {}", plain(&facts[key]));
+        output::write_line(format_args!("  {key:<18} {}", plain(&facts[key])))?;
     }
     for section in ["geometry", "tokenizer", "generation"] {
-        println!("{section}");
+        output::write_line(section)?;
         for (key, value) in facts[section].as_object().into_iter().flatten() {
-            println!("  {key:<18} {}", plain(value));
+            output::write_line(format_args!("  {key:<18} {}", plain(value)))?;
         }
     }
-    println!("chat_template\n  {}", plain(&facts["chat_template"]));
+    output::write_line(format_args!("chat_template\n  {}", plain(&facts["chat_template"])))?;
     for note in facts["notes"].as_array().into_iter().flatten() {
-        println!("note\n  {}", plain(note));
+        output::write_line(format_args!("note\n  {}", plain(note)))?;
     }
-    println!("tensors");
+    output::write_line("tensors")?;
     for tensor in facts["tensors"].as_array().into_iter().flatten() {
         let (name, kind) = (plain(&tensor["name"]), plain(&tensor["type"]));
-        println!("  {name:<48} {kind:<6} {:>16} {:>12} bytes", plain(&tensor["shape"]), plain(&tensor["bytes"]));
+        output::write_line(format_args!(
+            "  {name:<48} {kind:<6} {:>16} {:>12} bytes",
+            plain(&tensor["shape"]),
+            plain(&tensor["bytes"])
+        ))?;
     }
+    Ok(())
 }
 
 fn plain(value: &Value) -> String {

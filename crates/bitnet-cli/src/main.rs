@@ -5,6 +5,7 @@ mod bench;
 mod exit;
 mod inspect;
 mod model_args;
+mod output;
 mod progress;
 mod run;
 mod serve;

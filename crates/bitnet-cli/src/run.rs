@@ -1,7 +1,7 @@
 //! `bitnet run`: text on the terminal, once or as a chat, over the same engine as the server.
 
 use std::{
-    io::{self, BufRead, IsTerminal, Write},
+    io::{self, BufRead, IsTerminal},
     path::PathBuf,
     sync::Arc,
     time::Instant,
@@ -17,7 +17,7 @@ use bitnet_server::{
     service::Service,
 };
 
-use crate::{exit::Failure, model_args::ModelArgs, progress::weights_bar};
+use crate::{exit::Failure, model_args::ModelArgs, output, progress::weights_bar};
 
 /// Generates text on the terminal.
 #[derive(Debug, clap::Args)]
@@ -128,11 +128,10 @@ impl Session {
         let interactive = io::stdin().is_terminal();
         loop {
             if interactive {
-                print!("> ");
-                flush()?;
+                output::write(format_args!("> "))?;
             }
             let mut line = String::new();
-            if io::stdin().lock().read_line(&mut line).map_err(broken_terminal)? == 0 {
+            if io::stdin().lock().read_line(&mut line).map_err(Failure::terminal)? == 0 {
                 return Ok(());
             }
             if line.trim().is_empty() {
@@ -187,12 +186,11 @@ impl Session {
                 SequenceEvent::Finished(_) => break,
                 SequenceEvent::Failed(error) => return Err(Failure::engine(error)),
             };
-            print!("{piece}");
-            flush()?;
+            output::write(format_args!("{piece}"))?;
             whole.push_str(&piece);
         }
         let rest = decoder.finish();
-        println!("{rest}");
+        output::write_line(&rest)?;
         whole.push_str(&rest);
         Ok(whole)
     }
@@ -200,12 +198,4 @@ impl Session {
 
 fn message(role: &str, content: &str) -> ChatMessage {
     ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() }
-}
-
-fn flush() -> Result<(), Failure> {
-    io::stdout().flush().map_err(broken_terminal)
-}
-
-fn broken_terminal(error: io::Error) -> Failure {
-    Failure::usage(format!("the terminal went away: {error}"))
 }

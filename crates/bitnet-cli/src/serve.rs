@@ -14,7 +14,7 @@ use bitnet_server::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{exit::Failure, progress::weights_bar};
+use crate::{exit::Failure, output, progress::weights_bar};
 
 /// The model that is served when none is given: random weights, see `builtin/make_builtin.py`.
 const BUILT_IN: &[u8] = include_bytes!("../builtin/tiny-random.gguf");
@@ -37,8 +37,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<(), Failure> {
     let config = ServerConfig::resolve(args.settings).map_err(Failure::configuration)?;
     if args.check_config {
         config.content_filter.as_ref().map(ContentFilter::new).transpose().map_err(ServeError::from)?;
-        println!("the configuration is valid");
-        return Ok(());
+        return output::write_line("the configuration is valid");
     }
     start_log(config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()

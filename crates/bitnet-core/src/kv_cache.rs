@@ -2,10 +2,10 @@
 //!
 //! Mechanism only. Reference counts, hashes, LRU and the choice of blocks are policy and live in the server's engine.
 //!
-//! Layout: `[block][layer][kv head]{ keys [head_dim][16 tokens], values [16 tokens][head_dim] }`, both tiles padded to a
-//! head width of a multiple of 16, and of int8 followed by one scale a token. Keys lie dimension by dimension so that
-//! attention scores 16 positions side by side, each by a plain sequential sum; values lie token by token so that a visible
-//! prefix is contiguous.
+//! Layout: `[block][layer][kv head]{ keys [head_dim][16 tokens], values [head_dim / 16][16 tokens][16] }`, both tiles padded to
+//! a head width of a multiple of 16, and of int8 followed by one scale a token. Keys lie dimension by dimension so that
+//! attention scores 16 positions side by side, each by a plain sequential sum; values lie 16 dimensions side by side, of which
+//! it adds up those of all tokens before it turns to the next.
 
 mod element;
 #[cfg(test)]
@@ -17,7 +17,7 @@ use memmap2::{MmapMut, MmapOptions};
 use crate::{
     checkpoint::ModelConfig,
     ids::BlockId,
-    kernels::{self, Isa, RUN},
+    kernels::{self, RUN, Widen},
     model::Model,
     threads::SharedRows,
 };
@@ -39,6 +39,17 @@ pub enum KvDtype {
     F16,
     /// Bytes and a scale for each position and head, by the rule of activations: half the memory of F16, and other results.
     Int8,
+}
+
+impl KvDtype {
+    /// Of one element.
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::F16 => size_of::<u16>(),
+            Self::Int8 => size_of::<i8>(),
+        }
+    }
 }
 
 /// Storage of `num_blocks` blocks. Pages are zero and untouched until written.
@@ -112,7 +123,7 @@ impl KvCache {
         self.tile(block, layer, head, TileKind::Keys)
     }
 
-    /// Values of `block`, decoded by [`KvTile::decode`] to `[16][padded head_dim]`.
+    /// Values of `block`, decoded by [`KvTile::decode`] to `[padded head_dim / 16][16 tokens][16]`.
     #[inline(always)]
     pub(crate) fn values(&self, block: BlockId, layer: usize, head: usize) -> KvTile<'_> {
         self.tile(block, layer, head, TileKind::Values)
@@ -209,12 +220,14 @@ fn store_key<const N: usize>(keys: &mut [u8], slot: usize, k: &[f32], encode: im
     }
 }
 
-/// Writes `v` to row `slot` of a value tile.
+/// Writes `v` to the runs of token `slot` of a value tile.
 #[inline(always)]
 fn store_value<const N: usize>(values: &mut [u8], slot: usize, v: &[f32], encode: impl Encode<N>) {
-    let padded = v.len().next_multiple_of(16);
-    for (cell, &v) in values.as_chunks_mut::<N>().0[slot * padded..].iter_mut().zip(v) {
-        *cell = encode.encode(v);
+    let runs = values.as_chunks_mut::<N>().0.as_chunks_mut::<RUN>().0.as_chunks_mut::<BLOCK_TOKENS>().0;
+    for (runs, v) in runs.iter_mut().zip(v.chunks(RUN)) {
+        for (cell, &v) in runs[slot].iter_mut().zip(v) {
+            *cell = encode.encode(v);
+        }
     }
 }
 
@@ -235,39 +248,48 @@ pub(crate) struct KvTile<'a> {
 }
 
 impl<'a> KvTile<'a> {
-    /// Decodes every 16 elements that lie side by side to the start of the next `stride` values of `out`.
+    /// Decodes every 16 elements that lie side by side to place `v` of the next row of `out`.
     #[inline(always)]
-    pub(crate) fn decode(&self, isa: Isa, out: &mut [f32], stride: usize) {
+    pub(crate) fn decode<const V: usize>(&self, widen: impl Widen, out: &mut [[[f32; RUN]; V]], v: usize) {
         match self.dtype {
             KvDtype::F32 => {
-                for (run, out) in self.codes.as_chunks().0.as_chunks::<RUN>().0.iter().zip(out.chunks_mut(stride)) {
-                    for (out, bytes) in out.iter_mut().zip(run) {
+                for (run, out) in self.codes.as_chunks().0.as_chunks::<RUN>().0.iter().zip(out) {
+                    for (out, bytes) in out[v].iter_mut().zip(run) {
                         *out = f32::from_ne_bytes(*bytes);
                     }
                 }
             }
-            KvDtype::F16 => isa.widen_f16(self.codes.as_chunks().0, out, stride),
-            KvDtype::Int8 => self.decode_int8(out, stride),
+            KvDtype::F16 => {
+                for (run, out) in self.codes.as_chunks().0.as_chunks().0.iter().zip(out) {
+                    out[v] = widen.widen(run);
+                }
+            }
+            KvDtype::Int8 => self.decode_int8(out, v),
         }
     }
 
     #[inline(always)]
-    fn decode_int8(&self, out: &mut [f32], stride: usize) {
+    fn decode_int8<const V: usize>(&self, out: &mut [[[f32; RUN]; V]], v: usize) {
         let mut scales = [0.0; BLOCK_TOKENS];
         for (scale, bytes) in scales.iter_mut().zip(self.scales.as_chunks().0) {
             *scale = f32::from_ne_bytes(*bytes);
         }
-        let runs = self.codes.as_chunks::<RUN>().0;
-        let runs_per_token = runs.len() / BLOCK_TOKENS;
-        for (index, (run, out)) in runs.iter().zip(out.chunks_mut(stride)).enumerate() {
+        for (index, (run, out)) in self.codes.as_chunks::<RUN>().0.iter().zip(out).enumerate() {
             let scales = match self.kind {
                 TileKind::Keys => scales,
-                TileKind::Values => [scales[index / runs_per_token]; RUN],
+                TileKind::Values => [scales[index % BLOCK_TOKENS]; RUN],
             };
-            for ((out, code), scale) in out.iter_mut().zip(run).zip(scales) {
+            for ((out, code), scale) in out[v].iter_mut().zip(run).zip(scales) {
                 *out = Code::decode(*code, scale);
             }
         }
+    }
+
+    /// Of values those of 16 dimensions, from `16 * index` on.
+    #[inline(always)]
+    pub(crate) fn dimensions(&self, index: usize) -> Self {
+        let len = BLOCK_TOKENS * RUN * self.dtype.bytes();
+        Self { codes: &self.codes[index * len..][..len], ..*self }
     }
 
     /// The runs as they are stored, when they are halves.
@@ -309,12 +331,7 @@ impl Geometry {
     }
 
     fn code_bytes(&self) -> usize {
-        let element = match self.dtype {
-            KvDtype::F32 => size_of::<f32>(),
-            KvDtype::F16 => size_of::<u16>(),
-            KvDtype::Int8 => size_of::<i8>(),
-        };
-        BLOCK_TOKENS * self.padded_head_dim() * element
+        BLOCK_TOKENS * self.padded_head_dim() * self.dtype.bytes()
     }
 
     fn tile_bytes(&self) -> usize {

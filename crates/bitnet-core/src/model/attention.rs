@@ -104,11 +104,11 @@ pub(super) fn attend(
                     None if placed.first == worker.index() => unit.attend(&out, scratch),
                     None => {}
                     Some(slot) => {
-                        for partition in placed.partitions_of(worker.index()) {
+                        let partitions = placed.partitions_of(worker.index()).map(|partition| {
                             let cell = slot * per_slot + partition;
-                            let kept = partials.claim(cell..cell + 1);
-                            unit.attend_and_keep(partition, kept, scratch);
-                        }
+                            (partition, partials.claim(cell..cell + 1))
+                        });
+                        unit.attend_and_keep(partitions, scratch);
                     }
                 }
             }

@@ -100,8 +100,9 @@ fn decode_floats<const BYTES: usize>(stored: &[[u8; BYTES]], widen: impl Fn([u8;
 #[inline(always)]
 fn decode_halves(isa: Isa, halves: &[[u8; 2]], out: &mut [f32]) {
     let whole_runs = if cfg!(target_endian = "little") { halves.len() / LANES * LANES } else { 0 };
-    isa.widen_f16(&halves[..whole_runs], out, LANES);
-    decode_floats(&halves[whole_runs..], f16_from_le_bytes, &mut out[whole_runs..]);
+    let (runs, rest) = out.split_at_mut(whole_runs);
+    isa.widen_f16(halves[..whole_runs].as_chunks().0, runs.as_chunks_mut().0);
+    decode_floats(&halves[whole_runs..], f16_from_le_bytes, rest);
 }
 
 /// `x[row] = embedding[token]`

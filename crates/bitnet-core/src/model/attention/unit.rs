@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{
     PARTITION, QuerySpan,
-    tile::{self, Decoded, HalfKeys, HalfValues, MAX_QUERIES, Rows, Values, WIDE, add_values, by_queries, score},
+    tile::{self, Halves, MAX_QUERIES, Rows, Vectors, WIDE, add_values, by_queries, score, transpose},
 };
 use crate::{
     ids::BlockId,
@@ -17,9 +17,9 @@ use crate::{
     threads::SharedRows,
 };
 
-/// Positions whose values are decoded together: long runs of additions to sums in registers, of columns that stay in the
-/// first-level cache.
-const VALUE_TILE: usize = 64;
+/// Vectors of 16 values that are decoded together, of some columns of as many positions as there is room for: long runs of
+/// additions to sums in registers, of columns that stay in the first-level cache.
+const VALUE_TILE: usize = 256;
 /// How many blocks ahead keys and values are asked for: those of one sequence are too far apart for the hardware to guess.
 const AHEAD_BLOCKS: usize = 4;
 
@@ -33,9 +33,9 @@ pub(super) fn scratch_len(max_queries: usize, head_dim: usize) -> usize {
     tile_len(head_dim) + max_queries * (PARTITION + 2 * padded(head_dim) + head_dim + 2 * 2)
 }
 
-/// Decoded values of [`VALUE_TILE`] positions, or keys of fewer.
+/// Decoded keys of [`WIDE`] blocks, or values.
 fn tile_len(head_dim: usize) -> usize {
-    VALUE_TILE * padded(head_dim)
+    (head_dim * WIDE).max(VALUE_TILE) * LANES
 }
 
 /// A few rows of one sequence times the query heads that share one K/V head. A query is (row, query head), rows outermost.
@@ -58,15 +58,15 @@ pub(super) struct Unit<'a> {
 struct Scratch<'a> {
     /// Decoded keys or values.
     tile: &'a mut [f32],
-    /// `[num_queries, PARTITION]`
-    scores: &'a mut [f32],
+    /// `[num_queries]`
+    scores: &'a mut [[f32; PARTITION]],
     /// The running sums, and those of the current partition: `[num_queries, padded head_dim]`.
     total: &'a mut [f32],
     partial: &'a mut [f32],
     /// The same of maximum and sum of weights: `[num_queries, 2]`.
     total_softmax: &'a mut [[f32; 2]],
     partial_softmax: &'a mut [[f32; 2]],
-    /// `[num_queries, head_dim]`: all are read once for every tile of keys, and faster where they lie side by side.
+    /// Tiles of [`MAX_QUERIES`], of fewer at the end: `[head_dim][queries of the tile]`.
     queries: &'a mut [f32],
 }
 
@@ -76,6 +76,7 @@ impl<'a> Scratch<'a> {
         let (num_queries, padded) = (unit.num_queries(), padded(unit.head_dim));
         let (tile, rest) = memory.split_at_mut(tile_len(unit.head_dim));
         let (scores, rest) = rest.split_at_mut(num_queries * PARTITION);
+        let scores = scores.as_chunks_mut().0;
         let (total, rest) = rest.split_at_mut(num_queries * padded);
         let (partial, rest) = rest.split_at_mut(num_queries * padded);
         let (queries, rest) = rest.split_at_mut(num_queries * unit.head_dim);
@@ -98,14 +99,20 @@ impl Unit<'_> {
         self.isa.run(Finish { unit: self, scratch: &scratch, out });
     }
 
-    /// One partition, of a unit that is cut between workers: its sums are kept for [`Unit::combine_kept`].
-    pub(super) fn attend_and_keep(&self, partition: usize, kept: &mut [f32], scratch: &mut [f32]) {
+    /// Some partitions of a unit that is cut between workers: the sums of each are kept for [`Unit::combine_kept`].
+    pub(super) fn attend_and_keep<'k>(
+        &self,
+        partitions: impl Iterator<Item = (usize, &'k mut [f32])>,
+        scratch: &mut [f32],
+    ) {
         let mut scratch = Scratch::new(scratch, self);
         self.copy_queries(scratch.queries);
-        self.attend_partition(partition * PARTITION, &mut scratch);
-        let (sums, softmax) = kept.split_at_mut(scratch.partial.len());
-        sums.copy_from_slice(scratch.partial);
-        softmax.as_chunks_mut().0[..self.num_queries()].copy_from_slice(scratch.partial_softmax);
+        for (partition, kept) in partitions {
+            self.attend_partition(partition * PARTITION, &mut scratch);
+            let (sums, softmax) = kept.split_at_mut(scratch.partial.len());
+            sums.copy_from_slice(scratch.partial);
+            softmax.as_chunks_mut().0[..self.num_queries()].copy_from_slice(scratch.partial_softmax);
+        }
     }
 
     /// The end of [`Unit::attend`] for a unit whose partitions were kept: `kept: [num_partitions, partial_len]`.
@@ -163,13 +170,18 @@ impl Unit<'_> {
         position.saturating_sub(self.span.start) * self.group..self.num_queries()
     }
 
-    /// `queries: [num_queries, head_dim]`
+    /// To tiles of [`MAX_QUERIES`].
     fn copy_queries(&self, queries: &mut [f32]) {
-        let group_width = self.group * self.head_dim;
-        let width = self.kv.geometry().num_kv_heads * group_width;
-        for (row, queries) in self.span.rows.clone().zip(queries.chunks_exact_mut(group_width)) {
-            queries.copy_from_slice(&self.q[row * width + self.head * group_width..][..group_width]);
+        for (tile, queries) in queries.chunks_mut(MAX_QUERIES * self.head_dim).enumerate() {
+            by_queries!(queries.len() / self.head_dim, transpose::<N>(queries, |n| self.query(tile * MAX_QUERIES + n)));
         }
+    }
+
+    fn query(&self, index: usize) -> &[f32] {
+        let (row, num_heads) =
+            (self.span.rows.start + index / self.group, self.kv.geometry().num_kv_heads * self.group);
+        let head = self.head * self.group + index % self.group;
+        &self.q[(row * num_heads + head) * self.head_dim..][..self.head_dim]
     }
 
     /// Indices of the visible blocks of the partition at `start`.
@@ -218,39 +230,37 @@ impl Unit<'_> {
             let keys = indices.map(|index| halves(self.keys(index)));
             // Where nothing follows, what is there already.
             let ahead = indices.map(|index| halves(self.ahead_of_keys(index, blocks).unwrap_or(self.keys(index))));
-            self.score_rows::<V>(first, start, &HalfKeys::new(keys, ahead, widen), scratch.queries, scratch.scores);
+            self.score_rows::<V>(first, start, Halves::new(keys, ahead, widen), scratch.queries, scratch.scores);
         } else {
-            let stride = V * BLOCK_TOKENS;
-            let tile = &mut scratch.tile[..self.head_dim * stride];
-            for (column, index) in indices.into_iter().enumerate() {
+            let tile = &mut scratch.tile.as_chunks_mut().0.as_chunks_mut().0[..self.head_dim];
+            for (v, index) in indices.into_iter().enumerate() {
                 if let Some(ahead) = self.ahead_of_keys(index, blocks) {
                     ahead.prefetch();
                 }
-                self.keys(index).decode(self.isa, &mut tile[column * BLOCK_TOKENS..], stride);
+                self.keys(index).decode::<V>(widen, tile, v);
             }
-            self.score_rows::<V>(first, start, &Decoded::new(tile, stride), scratch.queries, scratch.scores);
+            self.score_rows::<V>(first, start, &*tile, scratch.queries, scratch.scores);
         }
         first + V
     }
 
-    /// Of all queries that see any of them.
+    /// Of all tiles of queries with one that sees any of them.
     #[inline(always)]
     fn score_rows<const V: usize>(
         &self,
         first: usize,
         start: usize,
-        keys: &(impl Rows<V> + Clone),
+        keys: impl Rows<V>,
         queries: &[f32],
-        scores: &mut [f32],
+        scores: &mut [[f32; PARTITION]],
     ) {
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let offset = first * BLOCK_TOKENS - start;
         let Range { start: from, end } = self.queries_from(first * BLOCK_TOKENS);
-        for query in (from..end).step_by(MAX_QUERIES) {
-            let queries = &queries[query * self.head_dim..];
-            let scores = &mut scores[query * PARTITION + offset..];
+        for query in (from - from % MAX_QUERIES..end).step_by(MAX_QUERIES) {
+            let (queries, scores) = (&queries[query * self.head_dim..], &mut scores[query..]);
             let num_queries = (end - query).min(MAX_QUERIES);
-            by_queries!(num_queries, score::<N, V>(queries, self.head_dim, keys.clone(), scale, scores));
+            by_queries!(num_queries, score::<N, V>(queries, keys, scale, scores, offset));
         }
     }
 
@@ -270,7 +280,7 @@ impl Unit<'_> {
 
     /// The largest score of `query`. What fills its last vector is made to weigh exactly nothing.
     #[inline(always)]
-    fn largest_score(&self, query: usize, start: usize, scores: &mut [f32]) -> f32 {
+    fn largest_score(&self, query: usize, start: usize, scores: &mut [[f32; PARTITION]]) -> f32 {
         let num_visible = self.num_visible(query, start).min(PARTITION);
         let steps = self.visible_scores(query, start, scores);
         steps.as_flattened_mut()[num_visible..].fill(f32::NEG_INFINITY);
@@ -279,80 +289,92 @@ impl Unit<'_> {
 
     /// Whole vectors of the scores of what `query` sees.
     #[inline(always)]
-    fn visible_scores<'s>(&self, query: usize, start: usize, scores: &'s mut [f32]) -> &'s mut [[f32; LANES]] {
+    fn visible_scores<'s>(
+        &self,
+        query: usize,
+        start: usize,
+        scores: &'s mut [[f32; PARTITION]],
+    ) -> &'s mut [[f32; LANES]] {
         let num_steps = self.num_visible(query, start).min(PARTITION).div_ceil(LANES);
-        &mut scores[query * PARTITION..][..PARTITION].as_chunks_mut().0[..num_steps]
+        &mut scores[query].as_chunks_mut().0[..num_steps]
     }
 
     /// `partial[query] = sum of weight * V` over the partition's visible positions, computed in tiles of `V` vectors.
     #[inline(always)]
     fn weigh<const V: usize, W: Widen>(&self, start: usize, scratch: &mut Scratch<'_>, widen: W) {
-        let stride = padded(self.head_dim);
-        let blocks = self.visible_blocks(start);
-        let positions = |blocks: &Range<usize>| blocks.start * BLOCK_TOKENS..blocks.end * BLOCK_TOKENS;
-        if self.multiplies_halves::<W>() {
-            for index in blocks.clone() {
-                let values = self.values(index);
-                let ahead = self.ahead_of_values(index, &blocks).unwrap_or(values);
-                let values = HalfValues::new(halves(values), halves(ahead), stride / RUN, widen);
-                let positions = positions(&(index..index + 1));
-                self.weigh_tile::<V>(positions, start, &values, scratch.scores, scratch.partial);
-            }
-            return;
-        }
-        for first in blocks.clone().step_by(VALUE_TILE / BLOCK_TOKENS) {
-            let tile = first..blocks.end.min(first + VALUE_TILE / BLOCK_TOKENS);
-            for (index, values) in tile.clone().zip(scratch.tile.chunks_exact_mut(BLOCK_TOKENS * stride)) {
-                if let Some(ahead) = self.ahead_of_values(index, &blocks) {
-                    ahead.prefetch();
-                }
-                self.values(index).decode(self.isa, values, LANES);
-            }
-            let values = Decoded::new(scratch.tile, stride);
-            self.weigh_tile::<V>(positions(&tile), start, &values, scratch.scores, scratch.partial);
+        let padded = padded(self.head_dim);
+        let whole_tiles = padded - padded % (V * LANES);
+        self.weigh_columns::<V, W>(0..whole_tiles, start, scratch, widen);
+        if V > 1 {
+            self.weigh_columns::<1, W>(whole_tiles..padded, start, scratch, widen);
         }
     }
 
-    /// Adds the visible ones of `positions`, whose values are `values`.
+    /// The same of `columns`, a multiple of `V` vectors.
+    #[inline(always)]
+    fn weigh_columns<const V: usize, W: Widen>(
+        &self,
+        columns: Range<usize>,
+        start: usize,
+        scratch: &mut Scratch<'_>,
+        widen: W,
+    ) {
+        let blocks = self.visible_blocks(start);
+        let positions = |blocks: &Range<usize>| blocks.start * BLOCK_TOKENS..blocks.end * BLOCK_TOKENS;
+        let columns = columns.step_by(V * LANES);
+        if self.multiplies_halves::<W>() {
+            for index in blocks.clone() {
+                let values = self.values(index);
+                let ahead = halves(self.ahead_of_values(index, &blocks).unwrap_or(values));
+                for column in columns.clone() {
+                    let dimensions: [usize; V] = std::array::from_fn(|v| column / LANES + v);
+                    let ahead = dimensions.map(|dimension| &ahead[dimension * BLOCK_TOKENS..]);
+                    let values = dimensions.map(|dimension| halves(values.dimensions(dimension)));
+                    let (values, positions) = (Halves::new(values, ahead, widen), positions(&(index..index + 1)));
+                    self.weigh_tile::<V>(positions, start, column, values, scratch.scores, scratch.partial);
+                }
+            }
+            return;
+        }
+        // Columns outermost: fewer are in use at a time.
+        for column in columns {
+            for first in blocks.clone().step_by(VALUE_TILE / V / BLOCK_TOKENS) {
+                let tile = first..blocks.end.min(first + VALUE_TILE / V / BLOCK_TOKENS);
+                let values: &mut [Vectors<V>] = scratch.tile.as_chunks_mut().0.as_chunks_mut().0;
+                for (index, values) in tile.clone().zip(values.chunks_exact_mut(BLOCK_TOKENS)) {
+                    if column == 0
+                        && let Some(ahead) = self.ahead_of_values(index, &blocks)
+                    {
+                        ahead.prefetch();
+                    }
+                    for v in 0..V {
+                        self.values(index).dimensions(column / LANES + v).decode::<V>(widen, values, v);
+                    }
+                }
+                self.weigh_tile::<V>(positions(&tile), start, column, &*values, scratch.scores, scratch.partial);
+            }
+        }
+    }
+
+    /// Adds columns `column..` of the visible ones of `positions`, whose values are `values`.
     #[inline(always)]
     fn weigh_tile<const V: usize>(
         &self,
         positions: Range<usize>,
         start: usize,
-        values: &(impl Values + Rows<V> + Rows<1>),
-        weights: &[f32],
+        column: usize,
+        values: impl Rows<V>,
+        weights: &[[f32; PARTITION]],
         partial: &mut [f32],
     ) {
         let padded = padded(self.head_dim);
-        let whole_tiles = padded - padded % (V * LANES);
-        // Columns outermost: fewer are in use at a time.
-        for column in (0..whole_tiles).step_by(V * LANES) {
-            self.weigh_columns::<V>(&positions, start, column, values, weights, partial);
-        }
-        if V > 1 {
-            for column in (whole_tiles..padded).step_by(LANES) {
-                self.weigh_columns::<1>(&positions, start, column, values, weights, partial);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn weigh_columns<const V: usize>(
-        &self,
-        positions: &Range<usize>,
-        start: usize,
-        column: usize,
-        values: &(impl Values + Rows<V>),
-        weights: &[f32],
-        partial: &mut [f32],
-    ) {
         let Range { start: from, end } = self.queries_from(positions.start);
         for query in (from..end).step_by(MAX_QUERIES) {
             let queries = query..end.min(query + MAX_QUERIES);
             // The partition's first: their sums are cleared when they are about to be needed, not all of them in advance.
             if positions.start == start {
                 for query in queries.clone() {
-                    partial[query * padded(self.head_dim) + column..][..V * LANES].fill(0.0);
+                    partial[query * padded + column..][..V * LANES].fill(0.0);
                 }
             }
             let [num_shared, num_seen] =
@@ -362,30 +384,12 @@ impl Unit<'_> {
             let mut seen = 0..num_shared;
             while seen.start < num_seen {
                 let first = self.queries_from(positions.start + seen.start).start.max(queries.start);
-                let next = seen.end..seen.end + 1;
-                self.add_values::<V>(first..queries.end, offset, seen, column, values, weights, partial);
-                seen = next;
+                let (weights, acc) = (&weights[first..], &mut partial[first * padded + column..]);
+                let (values, from) = (values.part(seen.clone()), offset + seen.start);
+                by_queries!(queries.end - first, add_values::<N, V>(weights, from, values, padded, acc));
+                seen = seen.end..seen.end + 1;
             }
         }
-    }
-
-    /// `partial[queries] += weights * values` for `seen` of the tile, which begins at `offset` of the partition.
-    #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "three matrices and what part of each")]
-    fn add_values<const V: usize>(
-        &self,
-        queries: Range<usize>,
-        offset: usize,
-        seen: Range<usize>,
-        column: usize,
-        values: &(impl Values + Rows<V>),
-        weights: &[f32],
-        partial: &mut [f32],
-    ) {
-        let stride = padded(self.head_dim);
-        let weights = &weights[queries.start * PARTITION + offset + seen.start..];
-        let (values, acc) = (values.at(seen.start, column), &mut partial[queries.start * stride + column..]);
-        by_queries!(queries.len(), add_values::<N, V>(weights, values.clone(), seen.len(), stride, acc));
     }
 
     /// Adds the partition at `start` to the running sums.
