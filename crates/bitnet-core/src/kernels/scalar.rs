@@ -1,11 +1,19 @@
 //! The specification: readable, slow, always there, the oracle of every other kernel.
 
+use std::ops::Range;
+
 use super::{
     Isa, Output, TernaryKernel,
     packing::{PackedLayout, PackedRows, ROW_TILE, TILE_BYTES},
     screen::{ActivationBits, ScreenRows, ScreensMut, SplitActivations},
 };
 use crate::{quant::activation::QuantizedActivations, threads::ColumnsMut};
+
+/// Tokens for which a row's weights are decoded once.
+const TOKENS: usize = 16;
+
+/// The columns of a tile at most.
+const MAX_COLUMN_TILE: usize = PackedLayout::T32x5Trit.column_tile();
 
 /// Plain Rust, one weight at a time.
 #[derive(Debug)]
@@ -37,19 +45,17 @@ impl TernaryKernel for Scalar {
         super::check_gemm(self, w, x, out);
         for (panel_index, panel) in w.panels().enumerate() {
             for row in 0..ROW_TILE.min(w.rows() - panel_index * ROW_TILE) {
-                for token in 0..x.num_tokens() {
-                    let codes = &x.codes(token)[..w.cols()];
-                    let sum: i32 = codes
-                        .iter()
-                        .enumerate()
-                        .map(|(col, &code)| weight(w.layout(), panel, row, col) * i32::from(code))
-                        .sum();
-                    let product = super::epilogue(sum, x.scales()[token], w.scale());
-                    let out = &mut out.row_mut(token)[panel_index * ROW_TILE + row];
-                    *out = match output {
-                        Output::Replace => product,
-                        Output::Add => *out + product,
-                    };
+                for first in (0..x.num_tokens()).step_by(TOKENS) {
+                    let tokens = first..x.num_tokens().min(first + TOKENS);
+                    let sums = row_sums(w.layout(), panel, row, x, tokens.clone());
+                    for (token, sum) in tokens.zip(sums) {
+                        let product = super::epilogue(sum, x.scales()[token], w.scale());
+                        let out = &mut out.row_mut(token)[panel_index * ROW_TILE + row];
+                        *out = match output {
+                            Output::Replace => product,
+                            Output::Add => *out + product,
+                        };
+                    }
                 }
             }
         }
@@ -96,15 +102,49 @@ fn dense_weight(panel: &[u8], row: usize, col: usize) -> i8 {
     panel[(col / 4) * TILE_BYTES + 4 * row + col % 4].cast_signed()
 }
 
-/// The weight -1, 0 or +1 at `row` and `col` of a panel.
-fn weight(layout: PackedLayout, panel: &[u8], row: usize, col: usize) -> i32 {
-    let (tile, col) = (col / layout.column_tile(), col % layout.column_tile());
-    let (plane, byte) = (col / 4, col % 4);
-    let codes = u32::from(panel[tile * TILE_BYTES + 4 * row + byte]);
-    let code = match layout {
-        PackedLayout::T32x2Bit => codes >> (2 * plane) & 3,
-        // The fraction of 256ths that is left after `plane` codes; times 3, the next one is above the point.
-        PackedLayout::T32x5Trit => (codes * 3_u32.pow(plane as u32) % 256) * 3 / 256,
-    };
-    code.cast_signed() - 1
+/// The sum over columns of weight * code, for each of `tokens`.
+fn row_sums(
+    layout: PackedLayout,
+    panel: &[u8],
+    row: usize,
+    x: &QuantizedActivations<'_>,
+    tokens: Range<usize>,
+) -> [i32; TOKENS] {
+    let mut sums = [0; TOKENS];
+    for (tile, bytes) in panel.chunks_exact(TILE_BYTES).enumerate() {
+        let weights = tile_weights(layout, &bytes[4 * row..][..4]);
+        for (sum, token) in sums.iter_mut().zip(tokens.clone()) {
+            // The last tile's columns may be fewer.
+            for (&weight, &code) in weights.iter().zip(&x.codes(token)[tile * layout.column_tile()..]) {
+                *sum += i32::from(weight) * i32::from(code);
+            }
+        }
+    }
+    sums
+}
+
+/// The weights -1, 0 and +1 of a row in a tile, whose codes are `bytes`; behind those of the tile zeros.
+fn tile_weights(layout: PackedLayout, bytes: &[u8]) -> [i8; MAX_COLUMN_TILE] {
+    let mut weights = [0; MAX_COLUMN_TILE];
+    for (byte, &codes) in bytes.iter().enumerate() {
+        let mut codes = u32::from(codes);
+        for plane in 0..layout.planes() {
+            let code = match layout {
+                PackedLayout::T32x2Bit => {
+                    let lowest = codes & 3;
+                    codes >>= 2;
+                    lowest
+                }
+                // A fraction of 256ths: times 3, the next code is above the point.
+                PackedLayout::T32x5Trit => {
+                    codes *= 3;
+                    let whole = codes / 256;
+                    codes %= 256;
+                    whole
+                }
+            };
+            weights[4 * plane + byte] = code as i8 - 1;
+        }
+    }
+    weights
 }
