@@ -4,7 +4,7 @@ use std::{fmt, io::Write as _, process::ExitCode};
 
 use bitnet_core::{LoadError, kernels::KernelError};
 
-/// A failure with its exit code; without one a reason to end.
+/// Why the process ends, with its exit code: 0 where that is no failure.
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
@@ -47,7 +47,7 @@ impl Failure {
         Self::new(0, "")
     }
 
-    /// Says the one line, if there is one, and gives the code.
+    /// Says the one line of a failure and gives the code.
     pub(crate) fn report(&self) -> ExitCode {
         if self.code != 0 {
             // A full disk behind stderr must not change the exit code.

@@ -98,11 +98,10 @@ pub(super) fn attend(
             (SharedRows::new(&mut *scratch, scratch_len), SharedRows::new(&mut *partials, partial_len));
         phases.pool.run(&|worker| {
             let scratch = scratch.claim(worker.index()..worker.index() + 1);
-            for placed in placed() {
+            for placed in placed().filter(|placed| (placed.first..=placed.last).contains(&worker.index())) {
                 let (unit, scratch) = (unit_of(placed.span, placed.head), &mut *scratch);
                 match placed.slot {
-                    None if placed.first == worker.index() => unit.attend(&out, scratch),
-                    None => {}
+                    None => unit.attend(&out, scratch),
                     Some(slot) => {
                         let partitions = placed.partitions_of(worker.index()).map(|partition| {
                             let cell = slot * per_slot + partition;

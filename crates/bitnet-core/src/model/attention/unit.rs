@@ -305,7 +305,7 @@ impl Unit<'_> {
         let padded = padded(self.head_dim);
         let whole_tiles = padded - padded % (V * LANES);
         self.weigh_columns::<V, W>(0..whole_tiles, start, scratch, widen);
-        if V > 1 {
+        if V > 1 && whole_tiles < padded {
             self.weigh_columns::<1, W>(whole_tiles..padded, start, scratch, widen);
         }
     }
