@@ -89,6 +89,11 @@ pub trait TernaryKernel: Send + Sync + 'static {
         1
     }
 
+    /// Tiles of weights of which [`Self::gemm`] is worth its preparations, which it makes for the tokens of every call.
+    fn min_tiles(&self, _num_tokens: usize) -> usize {
+        1
+    }
+
     /// The bits of a screen's activations that are the fastest for so many tokens.
     fn screen_bits(&self, _num_tokens: usize) -> ActivationBits {
         ActivationBits::Fourteen

@@ -39,12 +39,13 @@ pub fn self_test() -> Vec<(&'static str, Result<(), SelfTestFailure>)> {
 /// The first product that was not what its definition says.
 pub(super) fn test(kernel: &dyn TernaryKernel) -> Result<(), SelfTestFailure> {
     let mut pool = WorkerPool::new(1);
-    // Every number of tokens that has code of its own, and enough of them for panels to be unpacked.
-    for num_tokens in 1..=26 {
+    // Every number of tokens that has code of its own, enough of them for panels to be unpacked, and a block for tables.
+    for num_tokens in (1..=26).chain([32]) {
         test_case(&Case::mixed(45, 180, num_tokens), kernel, &mut pool)?;
     }
     for (weight, x) in [(1, 1.0), (1, -1.0), (-1, 1.0), (-1, -1.0)] {
-        test_case(&Case::constant(33, 2560, weight, x), kernel, &mut pool)?;
+        test_case(&Case::constant(33, 2560, 2, weight, x), kernel, &mut pool)?;
+        test_case(&Case::constant(33, 600, 32, weight, x), kernel, &mut pool)?;
     }
     test_case(&Case::mixed(33, 8640, 1), kernel, &mut pool)?;
     let case = Case::mixed(LINE_WEIGHTS, 2 * LINE_WEIGHTS, 1);
@@ -74,8 +75,8 @@ impl Case {
     }
 
     /// The largest sums there are.
-    fn constant(rows: usize, cols: usize, weight: i8, x: f32) -> Self {
-        Self { rows, cols, num_tokens: 2, weights: vec![weight; rows * cols], x: vec![x; 2 * cols] }
+    fn constant(rows: usize, cols: usize, num_tokens: usize, weight: i8, x: f32) -> Self {
+        Self { rows, cols, num_tokens, weights: vec![weight; rows * cols], x: vec![x; num_tokens * cols] }
     }
 
     fn failure(&self, operation: String) -> SelfTestFailure {

@@ -155,6 +155,17 @@ fn shapes_around_tile_edges() {
     }
 }
 
+/// Where products of many tokens take more rows and columns at once than a tile has.
+#[test]
+fn shapes_around_the_edges_of_tables() {
+    for (rows, num_tokens) in [(1, 32), (33, 28), (95, 61)] {
+        for cols in [1, 4, 16, 35, 36, 37, 48, 63, 64, 65, 80, 144, 252, 300, 1000] {
+            Case::random(rows, cols, num_tokens).check(&format!("{rows} x {cols}, {num_tokens} tokens"));
+        }
+    }
+    Case::random(1100, 50, 30).check("1100 x 50");
+}
+
 #[test]
 fn columns_of_real_models() {
     for (rows, cols) in [(33, 2560), (32, 6912), (40, 8640), (1, 14336)] {
@@ -164,18 +175,19 @@ fn columns_of_real_models() {
 
 #[test]
 fn every_number_of_tokens_up_to_two_blocks() {
-    for num_tokens in (1..=26).chain([36, 37, 50]) {
+    for num_tokens in (1..=37).chain([50, 60, 96]) {
         Case::random(70, 150, num_tokens).check(&format!("{num_tokens} tokens"));
     }
 }
 
 #[test]
 fn extremes_do_not_overflow() {
-    for cols in [240, 8640, 65_536] {
+    for (cols, num_tokens) in [(240, 2), (8640, 2), (65_536, 2), (8640, 32)] {
         for weight in [-1, 0, 1] {
             for x in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
-                let x: Vec<f32> = x.iter().cycle().take(2 * cols).copied().collect();
-                Case { rows: 33, cols, weights: vec![weight; 33 * cols], x }.check(&format!("{cols} of {weight}"));
+                let x: Vec<f32> = x.iter().cycle().take(num_tokens * cols).copied().collect();
+                let case = Case { rows: 33, cols, weights: vec![weight; 33 * cols], x };
+                case.check(&format!("{cols} of {weight}, {num_tokens} tokens"));
             }
         }
     }

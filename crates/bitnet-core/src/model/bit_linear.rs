@@ -24,7 +24,7 @@ pub(super) fn project<const N: usize>(
         num_tiles += w.rows().div_ceil(ROW_TILE);
         (w, SharedColumns::new(out, w.rows(), ROW_TILE), first..num_tiles)
     });
-    phases.pool.run_chunks(num_tiles, min_chunk(phases.num_rows), &|chunk| {
+    phases.pool.run_chunks(num_tiles, min_chunk(phases), &|chunk| {
         for (w, out, tiles) in &projections {
             let part = chunk.start.max(tiles.start)..chunk.end.min(tiles.end);
             if !part.is_empty() {
@@ -57,13 +57,13 @@ pub(super) fn project_and_add(
     }
     let kernel = phases.kernel;
     let residual = SharedColumns::new(residual.x, w.rows(), ROW_TILE);
-    phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(phases.num_rows), &|tiles| {
+    phases.pool.run_chunks(w.rows().div_ceil(ROW_TILE), min_chunk(phases), &|tiles| {
         let rows = rows_of_tiles(tiles, w.rows());
         kernel.multiply(&w.slice(rows.clone()), &x, &mut residual.claim(rows), Output::Add);
     });
 }
 
 /// Tiles of weights whose product with a step's rows takes some microseconds, long beside handing it out.
-fn min_chunk(num_rows: usize) -> usize {
-    8_usize.div_ceil(num_rows)
+fn min_chunk(phases: &Phases<'_>) -> usize {
+    phases.kernel.min_tiles(phases.num_rows).max(8_usize.div_ceil(phases.num_rows))
 }

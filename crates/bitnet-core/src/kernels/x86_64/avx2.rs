@@ -1,4 +1,5 @@
-//! AVX2 without VNNI: `vpmaddubsw` adds pairs of products of unsigned codes and signed activations in 16 bits.
+//! AVX2 without VNNI: `vpmaddubsw` adds pairs of products of unsigned codes and signed activations in 16 bits. From a block of
+//! tokens on nothing is multiplied: [`avx2_tables`].
 //!
 //! The sums of 16 bits are exact because they are flushed into sums of 32 bits in time: a product is at most 2 * 128, a pair
 //! 512, and after [`FLUSH_TILES`] tiles, 4 pairs each, a lane holds at most 60 * 512 = 30,720 < 32,768.
@@ -16,11 +17,8 @@ use std::arch::{
 use super::{
     PanelSums,
     ahead::Ahead,
-    by_tokens, equal_blocks, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
-    tiles_256::{
-        QUARTER_BYTES, add_quarters, broadcast, load, lowest_codes, prefetch_quarters, shift_codes, unpack,
-        write_quarters,
-    },
+    avx2_tables, by_tokens, equal_blocks, gemm_by_blocks, gemv_by_panels, num_tiles, screen_by_blocks,
+    tiles_256::{QUARTER_BYTES, add_quarters, broadcast, load, lowest_codes, prefetch_quarters, shift_codes},
 };
 use crate::{
     kernels::{
@@ -35,15 +33,8 @@ use crate::{
 /// Packed panels: a quarter's 12 sums of 16 bits leave registers for codes, activations and products.
 const BLOCK: usize = 12;
 
-/// Unpacked panels: 2 x 6 sums leave four registers for weights, activations and products.
-const UNPACKED_BLOCK: usize = 6;
-
 /// Tokens of a block of the screen, each with two halves: 2 x 6 sums.
 const SCREEN_BLOCK: usize = 6;
-
-/// From here on unpacking once costs less than decoding codes in registers for every block. (On a Zen 3 core three tokens are
-/// 1.7 times as fast decoded as unpacked, four 1.5 times, eight 1.2, 12 1.1, 24 1.05, and 36 no faster.)
-const UNPACK_FROM: usize = 2 * BLOCK + 1;
 
 /// Tiles between two flushes; see the bound above.
 const FLUSH_TILES: usize = 15;
@@ -97,6 +88,10 @@ impl TernaryKernel for Avx2 {
         block_tokens(num_tokens)
     }
 
+    fn min_tiles(&self, num_tokens: usize) -> usize {
+        if takes_tables(num_tokens) { avx2_tables::MIN_PANELS } else { 1 }
+    }
+
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
         check_gemm(self, w, x, out);
         // SAFETY: as above.
@@ -110,29 +105,27 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, 4>(panel, ahead, codes, sums));
 }
 
+/// Whether tables are faster: their blocks take as long whatever is missing in them. (Of a Zen 3 core's register limit whole
+/// blocks reach 0.92 and multiplications 0.78.)
+fn takes_tables(num_tokens: usize) -> bool {
+    100 * num_tokens >= 85 * num_tokens.next_multiple_of(avx2_tables::BLOCK)
+}
+
 fn block_tokens(num_tokens: usize) -> usize {
-    equal_blocks(num_tokens, if num_tokens < UNPACK_FROM { BLOCK } else { UNPACKED_BLOCK })
+    if takes_tables(num_tokens) { avx2_tables::BLOCK } else { equal_blocks(num_tokens, BLOCK) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
-    let block_tokens = block_tokens(x.num_tokens());
-    if x.num_tokens() < UNPACK_FROM {
-        gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
-            1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
-            n @ 2..=4 => by_tokens!(n, [2 3 4], panel_gemm::<N, 2>(panel, ahead, block, sums)),
-            n => by_tokens!(n, [5 6 7 8 9 10 11 12], panel_gemm::<N, 1>(panel, ahead, block, sums)),
-        });
-    } else {
-        let multiply = |panel: &[u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
-            by_tokens!(sums.len(), [1 2 3 4 5 6], unpacked_gemm::<N>(panel, ahead, block, sums));
-        };
-        let unpack = |panel: &[u8], unpacked: &mut [u8], ahead: Ahead, block: &[i8], sums: &mut [PanelSums]| {
-            unpack(panel, unpacked);
-            multiply(unpacked, ahead, block, sums);
-        };
-        gemm_by_blocks(w, x, (out, output), block_tokens, Some(&unpack), multiply);
+    if takes_tables(x.num_tokens()) {
+        return avx2_tables::gemm(w, x, out, output);
     }
+    let block_tokens = block_tokens(x.num_tokens());
+    gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
+        1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
+        n @ 2..=4 => by_tokens!(n, [2 3 4], panel_gemm::<N, 2>(panel, ahead, block, sums)),
+        n => by_tokens!(n, [5 6 7 8 9 10 11 12], panel_gemm::<N, 1>(panel, ahead, block, sums)),
+    });
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -186,45 +179,6 @@ fn panel_gemm<const N: usize, const Q: usize>(panel: &[u8], ahead: Ahead, block:
                 }
                 add_quarters(sums, first_quarter, out);
             }
-        }
-    }
-}
-
-/// ```text
-/// for two quarters of 8 rows, run of 60 steps:
-///     for step of 4 columns, token: narrow[token] += codes[step] * activations[step][token]      16 bits
-///     wide[token] += pairs of narrow[token]                                                      32 bits
-/// ```
-#[target_feature(enable = "avx2")]
-fn unpacked_gemm<const N: usize>(panel: &[u8], ahead: Ahead, block: &[i8], out: &mut [PanelSums]) {
-    let num_steps = num_tiles(panel, block, 1, N);
-    let ones = _mm256_set1_epi16(1);
-    for first_quarter in [0, 2] {
-        let ahead = ahead.part(first_quarter / 2, 2).in_order(num_steps);
-        let mut wide = [[_mm256_setzero_si256(); 2]; N];
-        for first in (0..num_steps).step_by(4 * FLUSH_TILES) {
-            let mut narrow = [[_mm256_setzero_si256(); 2]; N];
-            for step in first..num_steps.min(first + 4 * FLUSH_TILES) {
-                ahead.prefetch::<1>(step);
-                // SAFETY: the step's 128 bytes lie inside the panel.
-                let weights: [_; 2] = unsafe { load(panel, step, first_quarter) };
-                for (token, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: 4 codes a step and token, checked by `num_tiles`.
-                    let x = unsafe { broadcast(block, step * N + token) };
-                    for quarter in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(weights[quarter], x);
-                        narrow[quarter] = _mm256_add_epi16(narrow[quarter], pairs);
-                    }
-                }
-            }
-            for (wide, narrow) in wide.iter_mut().zip(narrow) {
-                for quarter in 0..2 {
-                    wide[quarter] = _mm256_add_epi32(wide[quarter], _mm256_madd_epi16(narrow[quarter], ones));
-                }
-            }
-        }
-        for (out, wide) in out.iter_mut().zip(wide) {
-            write_quarters(wide, first_quarter, out);
         }
     }
 }

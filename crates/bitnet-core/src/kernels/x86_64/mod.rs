@@ -4,6 +4,7 @@
 
 mod ahead;
 mod avx2;
+mod avx2_tables;
 mod avx512_sparse;
 mod avx512_vbmi;
 mod avx512_vnni;
