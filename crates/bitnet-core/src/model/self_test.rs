@@ -94,11 +94,11 @@ impl Model {
         self.kernel.multiply(&rows, &x, &mut ColumnsMut::new(&mut out, len), Output::Replace);
         let mut alone = [f32::NAN; MAX_ROWS];
         let is_like_alone = (0..num_tokens).zip(out.chunks_exact(len)).all(|(token, out)| {
-            self.kernel.gemv(&rows, &x.token(token), &mut alone[..len]);
+            self.kernel.gemv(&rows, &x.tokens(token..token + 1), &mut alone[..len]);
             is_equal(out, &alone[..len])
         });
         let (token, mut expected) = (round % num_tokens, vec![f32::NAN; panel.len()]);
-        oracle().gemv(&matrix.slice(panel), &x.token(token), &mut expected);
+        oracle().gemv(&matrix.slice(panel), &x.tokens(token..token + 1), &mut expected);
         if is_like_alone && is_equal(&out[(token + 1) * len - expected.len()..][..expected.len()], &expected) {
             return Ok(());
         }

@@ -61,10 +61,21 @@ impl<'a> QuantizedActivations<'a> {
         &self.codes[token * self.stride..][..padded(self.cols)]
     }
 
-    /// Row `token` alone.
-    pub fn token(&self, token: usize) -> Self {
-        let (codes, token) = (&self.codes[token * self.stride..][..self.stride], token..token + 1);
-        Self { codes, scales: &self.scales[token.clone()], sums: &self.sums[token], blocks: None, ..*self }
+    /// The rows `tokens` alone, with the blocks they are in where these are whole.
+    pub fn tokens(&self, tokens: Range<usize>) -> Self {
+        let width = padded(self.cols);
+        let is_boundary = |token: usize, of| token.is_multiple_of(of) || token == self.num_tokens();
+        let are_whole = |&(_, of): &(&[i8], usize)| is_boundary(tokens.start, of) && is_boundary(tokens.end, of);
+        Self {
+            codes: &self.codes[tokens.start * self.stride..tokens.end * self.stride],
+            scales: &self.scales[tokens.clone()],
+            sums: &self.sums[tokens.clone()],
+            blocks: self
+                .blocks
+                .filter(are_whole)
+                .map(|(codes, of)| (&codes[tokens.start * width..tokens.end * width], of)),
+            ..*self
+        }
     }
 
     /// All codes in blocks of `block_tokens` rows, of which the last may have fewer, if they were put so before:

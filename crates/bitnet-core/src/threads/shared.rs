@@ -144,6 +144,16 @@ impl<'a> ColumnsMut<'a> {
         unsafe { self.window_unchecked(columns) }
     }
 
+    /// The same columns of some rows.
+    ///
+    /// # Panics
+    /// When `rows` reaches outside.
+    pub fn rows(&mut self, rows: Range<usize>) -> ColumnsMut<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.num_rows, "rows {rows:?} of {}", self.num_rows);
+        // As in `window_unchecked`: where no row is left there may be no memory.
+        ColumnsMut { data: self.data.wrapping_add(rows.start * self.row_stride), num_rows: rows.len(), ..*self }
+    }
+
     /// # Safety
     /// `columns` must lie inside this window, and nobody else may use them while the result lives.
     unsafe fn window_unchecked<'w>(&self, columns: Range<usize>) -> ColumnsMut<'w> {

@@ -89,7 +89,7 @@ impl TernaryKernel for Avx2 {
     }
 
     fn min_tiles(&self, num_tokens: usize) -> usize {
-        if takes_tables(num_tokens) { avx2_tables::MIN_PANELS } else { 1 }
+        if tokens_in_tables(num_tokens) > 0 { avx2_tables::MIN_PANELS } else { 1 }
     }
 
     fn gemm(&self, w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
@@ -105,23 +105,30 @@ fn gemv(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut [f32]) {
     gemv_by_panels(w, x, out, |panel, ahead, codes, sums| panel_gemm::<1, 4>(panel, ahead, codes, sums));
 }
 
-/// Whether tables are faster: their blocks take as long whatever is missing in them. (Of a Zen 3 core's register limit whole
-/// blocks reach 0.92 and multiplications 0.78.)
-fn takes_tables(num_tokens: usize) -> bool {
-    100 * num_tokens >= 85 * num_tokens.next_multiple_of(avx2_tables::BLOCK)
+/// How many of so many tokens tables serve, the first ones: blocks, of which the last may lack a few, for it takes as long whatever
+/// is missing. (Of a Zen 3 core's register limit whole blocks reach 0.92 and multiplications 0.78.)
+fn tokens_in_tables(num_tokens: usize) -> usize {
+    let rest = num_tokens % avx2_tables::BLOCK;
+    if 100 * rest >= 85 * avx2_tables::BLOCK { num_tokens } else { num_tokens - rest }
 }
 
 fn block_tokens(num_tokens: usize) -> usize {
-    if takes_tables(num_tokens) { avx2_tables::BLOCK } else { equal_blocks(num_tokens, BLOCK) }
+    if tokens_in_tables(num_tokens) > 0 { avx2_tables::BLOCK } else { equal_blocks(num_tokens, BLOCK) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut ColumnsMut<'_>, output: Output) {
-    if takes_tables(x.num_tokens()) {
-        return avx2_tables::gemm(w, x, out, output);
+    let num_tokens = x.num_tokens();
+    let in_tables = tokens_in_tables(num_tokens);
+    if in_tables > 0 {
+        avx2_tables::gemm(w, &x.tokens(0..in_tables), &mut out.rows(0..in_tables), output);
     }
+    if in_tables == num_tokens {
+        return;
+    }
+    let (x, mut out) = (x.tokens(in_tables..num_tokens), out.rows(in_tables..num_tokens));
     let block_tokens = block_tokens(x.num_tokens());
-    gemm_by_blocks(w, x, (out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
+    gemm_by_blocks(w, &x, (&mut out, output), block_tokens, None, |panel, ahead, block, sums| match sums.len() {
         1 => panel_gemm::<1, 4>(panel, ahead, block, sums),
         n @ 2..=4 => by_tokens!(n, [2 3 4], panel_gemm::<N, 2>(panel, ahead, block, sums)),
         n => by_tokens!(n, [5 6 7 8 9 10 11 12], panel_gemm::<N, 1>(panel, ahead, block, sums)),
