@@ -139,7 +139,7 @@ pub trait TernaryKernel: Send + Sync + 'static {
     }
 
     /// Runs the kernel's dot product of bytes `rounds` times on operands in registers, as fast as independent sums allow,
-    /// and returns the multiply-accumulates done: the speed no product can pass.
+    /// and returns the multiply-accumulates done: the speed no product passes that multiplies. (AVX2's tables of sums do not.)
     fn multiply_registers(&self, rounds: u32) -> u64;
 }
 

@@ -1,6 +1,6 @@
 //! Products of many tokens on AVX2, by tables of sums: three ternary weights have 27 values, so the 27 sums of three activations
-//! that they can ask for are computed once, for 16 tokens a vector, and serve all rows. One addition from the first-level cache
-//! then does what takes a multiplication and an addition for 32 products otherwise, for 48: what such a CPU can multiply is no limit.
+//! that they can ask for are computed once, for 16 tokens a vector, and serve all rows. One addition from the first-level cache then
+//! does 48 products, where a multiplication and an addition do 32: what such a CPU can multiply is no limit.
 //!
 //! ```text
 //! for some panels of 32 rows:                                    read from memory once
@@ -125,8 +125,7 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
             let num_block_tokens = block.len() / width;
             let words = block.as_chunks().0;
             let sums_of_codes = &x.sums()[first_token..][..num_block_tokens];
-            let size = (panel_range.len(), num_steps);
-            multiply(&mut tables, size, words, num_block_tokens);
+            multiply(&mut tables, (panel_range.len(), num_steps), words, num_block_tokens);
             for (wide, panel) in tables.wide.chunks_exact(ROW_TILE * BLOCK).zip(panel_range.clone()) {
                 let rows = rows_of_tiles(panel..panel + 1, w.rows());
                 if output == Output::Add {
@@ -166,7 +165,6 @@ fn write_codes(panel: &[u8], codes: &mut [u8], chunk_bytes: usize) {
                 }
             }
             for (word, [low, middle, high]) in (4 * round..).zip(words) {
-                let three_times = |v| _mm256_add_epi8(v, _mm256_add_epi8(v, v));
                 let mut index = _mm256_add_epi8(low, three_times(_mm256_add_epi8(middle, three_times(high))));
                 for _ in 0..3 {
                     index = _mm256_add_epi8(index, index);
@@ -179,6 +177,12 @@ fn write_codes(panel: &[u8], codes: &mut [u8], chunk_bytes: usize) {
             }
         }
     }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn three_times(bytes: __m256i) -> __m256i {
+    _mm256_add_epi8(bytes, _mm256_add_epi8(bytes, bytes))
 }
 
 /// Sets `wide` of `num_panels` panels for at most a block of tokens.
@@ -259,8 +263,8 @@ fn make_table(words: &ChunkWords, table: &mut [i16]) -> [__m256i; VECTORS] {
                 }
             }
             for j in 0..4 {
-                let group = 4 * word + j;
-                let [a, b, c] = [0, 1, 2].map(|step| column(columns[step], j as i32));
+                let group = 4 * word + j as usize;
+                let [a, b, c] = [column(columns[0], j), column(columns[1], j), column(columns[2], j)];
                 for column in [a, b, c] {
                     magnitudes[vector] = _mm256_add_epi16(magnitudes[vector], _mm256_abs_epi16(column));
                 }
@@ -363,23 +367,26 @@ fn transpose_panel(wide: &[i32], sums_of_codes: &[i32], sums: &mut [PanelSums; B
 /// Eight rows of eight values, as columns.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
-    let [a, b, c, d, e, f, g, h] = rows;
-    let four = |a, b, c, d| {
-        let [ab_low, ab_high] = [_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)];
-        let [cd_low, cd_high] = [_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)];
-        [
-            _mm256_unpacklo_epi64(ab_low, cd_low),
-            _mm256_unpackhi_epi64(ab_low, cd_low),
-            _mm256_unpacklo_epi64(ab_high, cd_high),
-            _mm256_unpackhi_epi64(ab_high, cd_high),
-        ]
-    };
-    let (low, high) = (four(a, b, c, d), four(e, f, g, h));
+fn transpose([a, b, c, d, e, f, g, h]: [__m256i; 8]) -> [__m256i; 8] {
+    let (low, high) = (transpose_halves(a, b, c, d), transpose_halves(e, f, g, h));
     let mut columns = [_mm256_setzero_si256(); 8];
     for index in 0..4 {
         columns[index] = _mm256_permute2x128_si256::<0x20>(low[index], high[index]);
         columns[index + 4] = _mm256_permute2x128_si256::<0x31>(low[index], high[index]);
     }
     columns
+}
+
+/// The same of four values of each half of four rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_halves(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> [__m256i; 4] {
+    let [ab_low, ab_high] = [_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)];
+    let [cd_low, cd_high] = [_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)];
+    [
+        _mm256_unpacklo_epi64(ab_low, cd_low),
+        _mm256_unpackhi_epi64(ab_low, cd_low),
+        _mm256_unpacklo_epi64(ab_high, cd_high),
+        _mm256_unpackhi_epi64(ab_high, cd_high),
+    ]
 }
