@@ -47,8 +47,8 @@ impl Limits {
         }
     }
 
-    /// Tokens a second that no engine can pass that reads so many bytes and multiplies so many weights for each. (One that looks
-    /// sums up instead can: on AVX2 ours does in quiet minutes.)
+    /// Tokens a second that no engine can pass that reads so many bytes and multiplies so many weights for each.
+    /// (One that looks sums up instead of multiplying is not bound by it, as our products of many tokens on AVX2.)
     pub fn tokens_per_s(&self, bytes_per_token: f64, macs_per_token: f64) -> f64 {
         1.0 / (bytes_per_token / self.read_bytes_per_s).max(macs_per_token / self.int8_macs_per_s)
     }

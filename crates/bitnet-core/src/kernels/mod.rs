@@ -89,7 +89,7 @@ pub trait TernaryKernel: Send + Sync + 'static {
         1
     }
 
-    /// Tiles of weights of which [`Self::gemm`] is worth its preparations, which it makes for the tokens of every call.
+    /// The fewest tiles of weights that a call of [`Self::gemm`] should get: what it prepares of the tokens, every call does.
     fn min_tiles(&self, _num_tokens: usize) -> usize {
         1
     }

@@ -112,6 +112,7 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
     let num_steps = 4 * w.cols().div_ceil(w.layout().column_tile());
     let num_chunks = num_steps.div_ceil(STEPS);
     let mut panels = w.panels();
+    let mut sums = [[0; ROW_TILE]; BLOCK];
     let panels_at_once = equal_blocks(num_panels, MAX_PANELS);
     for first_panel in (0..num_panels).step_by(panels_at_once) {
         let panel_range = first_panel..num_panels.min(first_panel + panels_at_once);
@@ -134,7 +135,6 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
                         prefetch_all(&out.row_mut(first_token + token)[rows.clone()]);
                     }
                 }
-                let mut sums = [[0; ROW_TILE]; BLOCK];
                 transpose_panel(wide, sums_of_codes, &mut sums);
                 for (token, sums) in (first_token..num_tokens).zip(&sums[..num_block_tokens]) {
                     write_outputs(sums, x, token, w.scale(), (&mut out.row_mut(token)[rows.clone()], output));
