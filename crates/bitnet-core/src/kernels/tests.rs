@@ -158,7 +158,7 @@ fn shapes_around_tile_edges() {
 /// Where products of many tokens take more rows and columns at once than a tile has.
 #[test]
 fn shapes_around_the_edges_of_tables() {
-    for (rows, num_tokens) in [(1, 32), (33, 28), (95, 71)] {
+    for (rows, num_tokens) in [(1, 32), (33, 27), (95, 71)] {
         for cols in [1, 4, 16, 35, 36, 37, 48, 63, 64, 65, 80, 144, 252, 300, 1000] {
             Case::random(rows, cols, num_tokens).check(&format!("{rows} x {cols}, {num_tokens} tokens"));
         }

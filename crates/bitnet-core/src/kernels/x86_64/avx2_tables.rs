@@ -21,10 +21,11 @@ use std::{
     arch::{
         asm,
         x86_64::{
-            __m256i, _mm_cvtsi32_si128, _mm256_abs_epi16, _mm256_add_epi8, _mm256_add_epi16, _mm256_add_epi32,
-            _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_set1_epi8,
-            _mm256_set1_epi32, _mm256_setzero_si256, _mm256_sll_epi32, _mm256_slli_epi32, _mm256_srai_epi16,
-            _mm256_srai_epi32, _mm256_storeu_si256, _mm256_sub_epi16, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64,
+            __m256i, _mm_cvtsi32_si128, _mm_loadu_si128, _mm256_abs_epi16, _mm256_add_epi8, _mm256_add_epi16,
+            _mm256_add_epi32, _mm256_and_si256, _mm256_broadcastsi128_si256, _mm256_loadu_si256, _mm256_movemask_epi8,
+            _mm256_packs_epi32, _mm256_permute2x128_si256, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_setzero_si256,
+            _mm256_shuffle_epi8, _mm256_sll_epi32, _mm256_slli_epi32, _mm256_srai_epi16, _mm256_srai_epi32,
+            _mm256_srli_epi16, _mm256_storeu_si256, _mm256_sub_epi16, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64,
             _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
         },
     },
@@ -33,7 +34,7 @@ use std::{
 
 use super::{
     PanelSums, SCRATCH, equal_blocks,
-    tiles_256::{QUARTER_BYTES, load, lowest_codes, shift_codes},
+    tiles_256::{QUARTER_BYTES, load},
     write_outputs,
 };
 use crate::{
@@ -98,8 +99,8 @@ thread_local! {
     static TABLES: Cell<Tables> = Cell::default();
 }
 
-/// Words of a chunk's activations, of tokens that may be missing: `[step, token, 4 columns]`.
-type ChunkWords = [[[i8; 4]; BLOCK]; STEPS];
+/// A step's activations: `[token, 4 columns]`. Those of tokens that are missing are any.
+type StepWords = [[i8; 4]; BLOCK];
 
 /// As the kernel's product, in blocks of [`BLOCK`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -148,29 +149,37 @@ pub(super) fn gemm(w: &PackedRows<'_>, x: &QuantizedActivations<'_>, out: &mut C
 
 /// A panel's codes of 2 bits, of 4 steps a tile, as indices of sums; the panels of a chunk have `chunk_bytes`. What is missing to
 /// a whole chunk asks for any sum: all of a column that is not there are zero.
+///
+/// A byte of three tiles holds the codes of 12 steps, of four groups: half a byte what two of them add to their index.
 #[target_feature(enable = "avx2")]
 fn write_codes(panel: &[u8], codes: &mut [u8], chunk_bytes: usize) {
-    let mask = _mm256_set1_epi8(3);
-    let num_tiles = panel.len() / TILE_BYTES;
-    for (round, first) in (0..num_tiles).step_by(3).enumerate() {
+    let first_two = const { shares_of_indices([1, 3]) };
+    let last = const { shares_of_indices([9, 0]) };
+    let first = const { shares_of_indices([0, 1]) };
+    let last_two = const { shares_of_indices([3, 9]) };
+    let (mut chunk, mut word) = (0, 0);
+    for tiles in panel.chunks(3 * TILE_BYTES) {
+        let mut places = [0; 4];
+        for place in &mut places {
+            *place = chunk + word * TILE_BYTES;
+            (chunk, word) = if word + 1 < WORDS { (chunk, word + 1) } else { (chunk + chunk_bytes, 0) };
+        }
         for quarter in 0..4 {
-            let mut words = [[_mm256_setzero_si256(); 3]; 4];
-            for (index, tile) in (first..num_tiles.min(first + 3)).enumerate() {
+            let mut bytes = [_mm256_setzero_si256(); 3];
+            for (tile, bytes) in bytes.iter_mut().take(tiles.len() / TILE_BYTES).enumerate() {
                 // SAFETY: the tile's 128 bytes lie inside the panel.
-                let mut planes: [_; 1] = unsafe { load(panel, tile, quarter) };
-                for plane in 0..4 {
-                    let step = 4 * index + plane;
-                    [words[step / 3][step % 3]] = lowest_codes(planes, mask);
-                    shift_codes(&mut planes);
-                }
+                [*bytes] = unsafe { load(tiles, tile, quarter) };
             }
-            for (word, [low, middle, high]) in (4 * round..).zip(words) {
-                let mut index = _mm256_add_epi8(low, three_times(_mm256_add_epi8(middle, three_times(high))));
-                for _ in 0..3 {
-                    index = _mm256_add_epi8(index, index);
-                }
-                let start = word / WORDS * chunk_bytes + word % WORDS * TILE_BYTES + quarter * QUARTER_BYTES;
-                if let Some(out) = codes.get_mut(start..start + QUARTER_BYTES) {
+            let [[a, b], [c, d], [e, f]] = [halves(bytes[0]), halves(bytes[1]), halves(bytes[2])];
+            let indices = [
+                add_shares((first_two, a), (last, b)),
+                add_shares((first, b), (last_two, c)),
+                add_shares((first_two, d), (last, e)),
+                add_shares((first, e), (last_two, f)),
+            ];
+            for (place, index) in places.iter().zip(indices) {
+                if let Some(out) = codes.get_mut(place + quarter * QUARTER_BYTES..).and_then(<[u8]>::first_chunk_mut) {
+                    let out: &mut [u8; QUARTER_BYTES] = out;
                     // SAFETY: 32 bytes.
                     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), index) };
                 }
@@ -179,10 +188,39 @@ fn write_codes(panel: &[u8], codes: &mut [u8], chunk_bytes: usize) {
     }
 }
 
+/// For each half of a byte eight times what its two codes add to an index, where they count so much.
+const fn shares_of_indices([low, high]: [usize; 2]) -> [u8; 16] {
+    let mut shares = [0; 16];
+    let mut half = 0;
+    while half < shares.len() {
+        // No code is 3: what that adds may be anything.
+        shares[half] = (8 * (low * (half % 4) + high * (half / 4))) as u8;
+        half += 1;
+    }
+    shares
+}
+
+/// The low and the high halves of bytes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn three_times(bytes: __m256i) -> __m256i {
-    _mm256_add_epi8(bytes, _mm256_add_epi8(bytes, bytes))
+fn halves(bytes: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    [_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask)]
+}
+
+/// Indices from the shares of two halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_shares(a: ([u8; 16], __m256i), b: ([u8; 16], __m256i)) -> __m256i {
+    _mm256_add_epi8(look_up(a.0, a.1), look_up(b.0, b.1))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn look_up(table: [u8; 16], halves: __m256i) -> __m256i {
+    // SAFETY: 16 bytes.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), halves)
 }
 
 /// Sets `wide` of `num_panels` panels for at most a block of tokens.
@@ -192,15 +230,12 @@ fn multiply(tables: &mut Tables, (num_panels, num_steps): (usize, usize), words:
     let table = tables.table.at_least(TABLE);
     let narrow = tables.narrow.at_least(values);
     let wide = tables.wide.at_least(values);
-    let words = words[..num_steps * num_tokens].chunks(STEPS * num_tokens);
+    let words = &words[..num_steps * num_tokens];
     let mut reach = [_mm256_setzero_si256(); VECTORS];
     let mut is_set = false;
-    for (words, codes) in words.zip(tables.codes.chunks_exact(num_panels * CODES)) {
-        let mut chunk_words = [[[0; 4]; BLOCK]; STEPS];
-        for (step, words) in chunk_words.iter_mut().zip(words.chunks_exact(num_tokens)) {
-            step[..num_tokens].copy_from_slice(words);
-        }
-        let magnitudes = make_table(&chunk_words, table);
+    let chunks = tables.codes.chunks_exact(num_panels * CODES).zip((0..words.len()).step_by(STEPS * num_tokens));
+    for (codes, first_word) in chunks {
+        let magnitudes = make_table(&words[first_word..], num_tokens, table);
         if !extend_reach(&mut reach, magnitudes) {
             flush(narrow, wide, is_set);
             is_set = true;
@@ -244,15 +279,24 @@ fn column(words: [__m256i; 2], j: i32) -> __m256i {
     _mm256_packs_epi32(low, _mm256_srai_epi32::<24>(_mm256_sll_epi32(high, shift)))
 }
 
-/// The sums of a chunk's groups, and of each token the magnitudes of its activations together.
+/// The sums of the groups of the chunk that `words` begin with, and of each token the magnitudes of its activations together.
 ///
 /// Sum `d0 + 3 d1 + 9 d2` of a group is `(d0 - 1) a + (d1 - 1) b + (d2 - 1) c`.
 #[target_feature(enable = "avx2")]
-fn make_table(words: &ChunkWords, table: &mut [i16]) -> [__m256i; VECTORS] {
+fn make_table(words: &[[i8; 4]], num_tokens: usize, table: &mut [i16]) -> [__m256i; VECTORS] {
     assert!(table.len() >= TABLE);
+    let mut last = [[[0; 4]; BLOCK]; STEPS];
+    let steps: [&StepWords; STEPS] = if words.len() >= (STEPS - 1) * num_tokens + BLOCK {
+        std::array::from_fn(|step| words[step * num_tokens..].first_chunk().expect("words of a block"))
+    } else {
+        for (step, words) in last.iter_mut().zip(words.chunks_exact(num_tokens)) {
+            step[..num_tokens].copy_from_slice(words);
+        }
+        last.each_ref()
+    };
     let zero = _mm256_setzero_si256();
     let mut magnitudes = [zero; VECTORS];
-    for (word, steps) in words.as_chunks::<3>().0.iter().enumerate() {
+    for (word, steps) in steps.as_chunks::<3>().0.iter().enumerate() {
         for vector in 0..VECTORS {
             let mut columns = [[zero; 2]; 3];
             for (columns, step) in columns.iter_mut().zip(steps) {
