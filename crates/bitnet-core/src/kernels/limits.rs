@@ -26,8 +26,10 @@ const READ_BYTES: usize = 512 << 20;
 const BLOCK_BYTES: usize = 4096;
 /// Bytes.
 const READ_AHEAD: usize = 8192;
-/// How long multiplications are timed in a sample, in nanoseconds: starting and ending a phase, a microsecond, does not show.
-const MULTIPLY_NANOS: u128 = 5_000_000;
+/// How long multiplications are timed in a sample: starting and ending a phase, a microsecond, does not show.
+const MULTIPLY_SECONDS: f64 = 0.005;
+/// Rounds of them that are timed to find out how many that is.
+const TRIED_ROUNDS: u32 = 1000;
 
 /// What the machine can do at most, at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -70,9 +72,14 @@ impl Ruler {
     pub fn new(kernel: &dyn TernaryKernel, pool: &mut WorkerPool) -> Self {
         let mut memory = Arena::whole(READ_BYTES);
         touch(&mut memory, pool);
-        let start = Instant::now();
-        kernel.multiply_registers(1000);
-        let rounds = 1000 * (MULTIPLY_NANOS / start.elapsed().as_nanos().max(1)).clamp(1, 10_000) as u32;
+        // The fastest of some: whoever came between would make all samples too short.
+        let tries = (0..20).map(|_| {
+            seconds_of(|| {
+                kernel.multiply_registers(TRIED_ROUNDS);
+            })
+        });
+        let seconds = tries.fold(f64::INFINITY, f64::min);
+        let rounds = TRIED_ROUNDS * (MULTIPLY_SECONDS / seconds).clamp(1.0, 10_000.0) as u32;
         Self { memory, rounds }
     }
 
